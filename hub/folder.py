@@ -1,0 +1,111 @@
+# Copyright 2026 The CT-MoE authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Model folders: all that AutoModel, AutoProcessor and the pipeline need, written whole or not at all.
+
+- `save_folder`: a model and its processor -> a complete folder.
+- `write_folder`: the same into a folder that exists, for callers that add files of their own.
+- `new_folder`: a folder that appears under its name only when the block that fills it has succeeded.
+"""
+
+import json
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import ct_moe
+from ct_moe.errors_ct_moe import ModelError
+
+
+if TYPE_CHECKING:
+    from ct_moe import CTMoEForConditionalGeneration, CTMoEProcessor
+
+
+# `register_for_auto_class` takes one name per class, and AutoModel must give the class that can generate.
+_CONFIG_AUTO_MAP = {
+    "AutoConfig": "configuration_ct_moe.CTMoEConfig",
+    "AutoModel": "modeling_ct_moe.CTMoEForConditionalGeneration",
+    "AutoModelForImageTextToText": "modeling_ct_moe.CTMoEForConditionalGeneration",
+}
+_IMAGE_PROCESSOR_AUTO_MAP = {"AutoImageProcessor": "image_processing_ct_moe.CTMoEImageProcessor"}
+_PROCESSOR_AUTO_MAP = {"AutoProcessor": "processing_ct_moe.CTMoEProcessor"}
+_PIPELINES = {
+    "ct-report": {
+        "impl": "pipeline_ct_moe.CTReportPipeline",
+        "pt": ["AutoModelForImageTextToText"],
+        "type": "multimodal",
+    }
+}
+
+
+def save_folder(model: "CTMoEForConditionalGeneration", processor: "CTMoEProcessor", out: str | Path) -> Path:
+    """Write a folder from which every Auto class and `pipeline("ct-report")` load without this package.
+
+    Args:
+        model: written in its own dtype, in safetensors shards of at most 5 GB.
+        processor: written with its image processor, tokenizer and chat template.
+        out: folder to create; it must not exist or be empty.
+
+    Returns:
+        `out`.
+
+    Raises:
+        ModelError: `out` holds something already.
+    """
+    with new_folder(out) as folder:
+        write_folder(model, processor, folder)
+    return Path(out)
+
+
+def write_folder(model: "CTMoEForConditionalGeneration", processor: "CTMoEProcessor", folder: Path) -> None:
+    """Write weights, configs, tokenizer, chat template and the code that runs them into the existing `folder`."""
+    model.config.auto_map = dict(_CONFIG_AUTO_MAP)
+    model.config.custom_pipelines = json.loads(json.dumps(_PIPELINES))  # loading a pipeline edits it in place
+    processor.auto_map = dict(_PROCESSOR_AUTO_MAP)
+    processor.image_processor.auto_map = dict(_IMAGE_PROCESSOR_AUTO_MAP)
+    model.save_pretrained(folder, max_shard_size="5GB")
+    processor.save_pretrained(folder)
+    # All of them, and not what the library would collect from imports: the pipeline is named by the config only.
+    for source in sorted(Path(ct_moe.__file__).parent.glob("*_ct_moe.py")):
+        shutil.copyfile(source, folder / source.name)
+
+
+@contextmanager
+def new_folder(out: str | Path) -> Iterator[Path]:
+    """Yield an empty sibling of `out`; rename it to `out` when the block succeeds, remove it when it fails.
+
+    Raises:
+        ModelError: `out` is a file or a folder that holds something, before anything is written.
+    """
+    out = Path(out)
+    if out.is_file() or (out.is_dir() and any(out.iterdir())):
+        raise ModelError(out, "exists and is not an empty folder", "Name a new folder, or remove this one first")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
+    try:
+        yield folder
+        folder.chmod(0o777 & ~_umask())  # mkdtemp makes it readable by its owner only
+        os.replace(folder, out)  # replaces an empty folder, and fails on one that was filled meanwhile
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
