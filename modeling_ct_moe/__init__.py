@@ -21,7 +21,7 @@ _MODULES = {
     ],
     "pipeline_ct_moe": ["CTReportPipeline"],
     "processing_ct_moe": ["CTMoEProcessor"],
-    "volume_io_ct_moe": ["Volume", "load_volume"],
+    "volume_io_ct_moe": ["Volume", "VolumeWarning", "load_volume"],
 }
 _MODULE_OF = {name: module for module, names in _MODULES.items() for name in names}
 

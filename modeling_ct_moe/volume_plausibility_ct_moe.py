@@ -1,0 +1,95 @@
+# Copyright 2026 The CT-MoE authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Are these Hounsfield units? Padding to air, and the signs of a scan that is not CT or was rescaled wrongly."""
+
+import numpy as np
+
+from .volume_ct_moe import AIR_HU, LoadContext, StoredVolume
+
+
+# Air is -1000 HU; its noise and the ringing of sharp kernels stay above this, and scanners fill what lies outside the
+# field of view with -1500, -2000, -2048, -3024 or -32768.
+PADDING_BELOW_HU = -1400
+
+# Enough voxels for percentiles, few enough to cost some milliseconds.
+SAMPLE_VOXELS = 500_000
+
+
+def clean_values(stored: StoredVolume, context: LoadContext, padding: str) -> None:
+    """Makes every voxel a finite number and, with `intensity="hu"` and `padding="air"`, padding air.
+
+    The array is changed in place if it belongs to the load and copied first if it is the caller's.
+    """
+    low = stored.voxels.min()
+    if stored.voxels.dtype == np.float32 and not (np.isfinite(low) and np.isfinite(stored.voxels.max())):
+        finite = np.isfinite(stored.voxels)
+        if not finite.any():
+            raise context.error("no voxel is a finite number", "Export the scan again")
+        fill = AIR_HU if context.intensity == "hu" else stored.voxels[finite].min()
+        count = _replace(stored, lambda part: ~np.isfinite(part), fill)
+        context.warn(f"{count} voxels were not finite numbers and were set to {fill:g}")
+        low = stored.voxels.min()
+    if context.intensity == "hu" and padding == "air" and low < PADDING_BELOW_HU:
+        count = _replace(stored, lambda part: part < PADDING_BELOW_HU, AIR_HU)
+        stored.facts["padding_voxels"] = stored.facts.get("padding_voxels", 0) + count
+
+
+def check_hounsfield(voxels: np.ndarray, context: LoadContext) -> None:
+    """Refuses (or warns about, as `context.check` says) values that cannot be HU, and warns about odd ones.
+
+    The body holds fat (-100), water (0) and, around and inside it, air (-1000). Values without anything near -100 or
+    below are no scan of a body: a picture, a mask, an MR or PET scan, or a CT whose rescale was forgotten. Values of a
+    crop can be odd without being wrong.
+    """
+    if context.check == "off" or context.intensity != "hu":
+        return
+    least, most = float(voxels.min()), float(voxels.max())
+    every = max(1, round((voxels.size / SAMPLE_VOXELS) ** (1 / 3)))
+    low, median, high = np.percentile(voxels[::every, ::every, ::every], [0.5, 50, 99.5]).tolist()
+    seen = f"values from {least:g} to {most:g}"
+    display = 'for grey values pass intensity="display"'
+    if least == most:
+        context.doubt(f"every voxel is {least:g}", "Export the scan again")
+    elif least >= 0 and most <= 1:
+        context.doubt(f"{seen} are a scaled image or a mask, not HU", f"Load the CT itself; {display}")
+    elif least >= 0 and most <= 255:
+        context.doubt(f"{seen} are grey levels or labels, not HU", f"Load the CT itself; {display}")
+    elif least >= 0 and most > 1000 and low < 200:
+        context.doubt(
+            f"{seen}, none below zero: the rescale was forgotten, or this is not CT",
+            "Export it with its rescale slope and intercept (most often 1 and -1024)",
+        )
+    elif low > -50:
+        context.doubt(f"{seen}, neither air nor fat: this is not CT (MR or PET?)", f"Load the CT itself; {display}")
+    elif high < -500 and low < -1500:
+        context.doubt(f"{seen}, nothing as dense as water: the rescale was applied twice", "Export it with HU values")
+    elif high < -200:
+        context.warn(f"{seen}: nothing as dense as tissue")
+    elif low > -200:
+        context.warn(f"{seen}: no air in or around the body")
+    elif median > 1500 or high > 10000:
+        context.warn(f"{seen}: denser than any tissue")
+
+
+def _replace(stored: StoredVolume, where, value: float) -> int:
+    """Sets voxels slice by slice, so that no mask of the whole volume is made, and returns how many."""
+    if not stored.owned:
+        stored.voxels = stored.voxels.copy()
+        stored.owned = True
+    count = 0
+    for part in stored.voxels:
+        mask = where(part)
+        count += int(np.count_nonzero(mask))
+        part[mask] = value
+    return count

@@ -1,0 +1,17 @@
+"""Fixtures that every room's tests may use."""
+
+import os
+from pathlib import Path
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def test_data() -> Path:
+    """The folder of real scans; tests that ask for it are skipped where it is missing, and fail in CI."""
+    default = Path(__file__).parents[1].parent / "shared" / "data"
+    folder = Path(os.environ.get("CT_MOE_TEST_DATA", default))
+    if not (folder / "MANIFEST.md").is_file():
+        reason = f"no test data in {folder}: set CT_MOE_TEST_DATA to the folder that holds MANIFEST.md"
+        pytest.fail(reason) if os.environ.get("CI") else pytest.skip(reason)
+    return folder
