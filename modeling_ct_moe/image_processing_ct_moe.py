@@ -133,6 +133,18 @@ class CTMoEImageProcessor(BaseImageProcessor):
         """Patches per slice: rows and columns."""
         return self.size["height"] // self.patch_size, self.size["width"] // self.patch_size
 
+    @property
+    def channel_names(self) -> list[str]:
+        """What each channel shows, for captions."""
+        if self.intensity == "display":
+            return ["display, 0 to 1"] * 3
+        names = list(WINDOW_PRESETS[self.windows]) if isinstance(self.windows, str) else ["window"] * 3
+        reductions = [self.slab_reduction] * 3 if isinstance(self.slab_reduction, str) else self.slab_reduction
+        return [
+            f"{name}: centre {centre:g}, width {width:g} HU, {reduction} of slab"
+            for name, (centre, width), reduction in zip(names, _hu_windows(self.windows), reductions)
+        ]
+
     def fetch_images(self, images):
         """Loads scans, several of them in threads, and keeps the nesting of the list.
 
