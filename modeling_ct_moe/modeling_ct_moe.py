@@ -1,0 +1,1154 @@
+# Copyright 2026 The CT-MoE authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""PyTorch CT-MoE model, top to bottom: outputs, depth rotary embedding, vision blocks, TGH-MoE, guide, fusion, head.
+
+One file on purpose: transformers finds attention and experts backends by reading the source of the PreTrainedModel's
+own module. Shapes in comments use V volumes, S slices (padded), N tokens per slice, D vision width, E experts, T
+routed tokens.
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import nn
+from transformers import AutoModel, GenerationMixin, PreTrainedModel
+from transformers import initialization as init
+from transformers.activations import ACT2FN
+from transformers.cache_utils import Cache
+from transformers.integrations import use_experts_implementation
+from transformers.masking_utils import create_bidirectional_mask
+from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPast, BaseModelOutputWithPooling
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, slice_logits_to_keep
+from transformers.processing_utils import Unpack
+from transformers.utils import ModelOutput, TransformersKwargs, auto_docstring
+from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
+from transformers.utils.output_capturing import OutputRecorder, capture_outputs
+
+from .configuration_ct_moe import CTMoEConfig, CTMoEVisionConfig
+from .errors_ct_moe import ModelError, PromptError
+
+
+# Which ViT takes which side of these is said where the config declares them.
+# trf-ignore: TRF041 config.qk_norm, config.norm_type, config.layer_scale
+# trf-ignore: TRF041 config.pre_layernorm, config.post_layernorm, config.router_jitter
+
+
+VOLUME_ARGS = r"""
+    pixel_values (`torch.Tensor` of shape `(num_volumes, num_slices, num_channels, height, width)`, *optional*):
+        Windowed slices from [`CTMoEImageProcessor`], one row per volume in placeholder order.
+    slice_mask (`torch.Tensor` of shape `(num_volumes, num_slices)`, *optional*):
+        True for real slices; by default all are.
+    slice_positions (`torch.Tensor` of shape `(num_volumes, num_slices)`, *optional*):
+        Slab centres from the first one, in micrometres. Required for more than one slice.
+    patch_mask (`torch.Tensor` of shape `(num_volumes, num_slices, rows, columns)`, *optional*):
+        False for patches of air, which are not routed; by default all are.
+    volume_scale (`torch.Tensor` of shape `(num_volumes, 2)`, *optional*):
+        log(field of view / 400 mm) and log(slab / 5 mm); by default zeros.
+    guide_input_ids (`torch.Tensor` of shape `(num_volumes, guide_length)`, *optional*):
+        Tokens of the prompt that steers the routing, one row per volume.
+    guide_attention_mask (`torch.Tensor` of shape `(num_volumes, guide_length)`, *optional*):
+        1 for tokens of the prompt. A row of zeros is a volume without guide: shared group only.
+    task_ids (`torch.Tensor` of shape `(num_volumes,)`, *optional*):
+        Index into `config.tasks` that sends the volume to that group. -100 leaves the choice to the text.
+    guide (`torch.Tensor` of shape `(num_volumes, guide_size)`, *optional*):
+        Embedding of the prompt.
+    task_index (`torch.Tensor` of shape `(num_volumes,)`, *optional*):
+        Task group of each volume, -1 for none.
+    task_gate (`torch.Tensor` of shape `(num_volumes,)`, *optional*):
+        Factor of the task group's output: 1 in value, with the task router's gradient.
+    prefix_hidden_states (`torch.Tensor` of shape `(num_volumes, num_slices, num_tokens, hidden_size)`, *optional*):
+        An earlier call's output of that name instead of `pixel_values`: a further question costs the later layers.
+    output_prefix_hidden_states (`bool`, *optional*, defaults to `False`):
+        Whether to return the hidden states before the first MoE layer, which do not depend on the prompt.
+    output_router_logits (`bool`, *optional*, defaults to `False`):
+        Whether to return router logits.
+    mm_encoder_outputs (`dict[str, CTMoEImageFeatures]`, *optional*):
+        `{"image": features}` from [`~CTMoEModel.get_image_features`], instead of `pixel_values`.
+"""
+
+
+@auto_docstring(custom_intro="Output of [`CTMoEVisionModel`].")
+@dataclass
+class CTMoEVisionOutput(BaseModelOutput):
+    r"""
+    last_hidden_state (`torch.Tensor` of shape `(num_volumes, num_slices, num_tokens, hidden_size)`):
+        Features of every slice at the config's `feature_layer`, the class token (if the base has one) first.
+    router_logits (`tuple[torch.Tensor]`, *optional*):
+        See [`CTMoERoutingOutput`].
+    token_mask (`torch.Tensor`, *optional*):
+        See [`CTMoERoutingOutput`].
+    prefix_hidden_states (`torch.Tensor` of shape `(num_volumes, num_slices, num_tokens, hidden_size)`, *optional*):
+        Output of the last layer before the first MoE layer. It does not depend on the prompt.
+    """
+
+    router_logits: tuple[torch.Tensor] | None = None
+    token_mask: torch.Tensor | None = None
+    prefix_hidden_states: torch.Tensor | None = None
+
+
+@auto_docstring(custom_intro="How the volumes of a batch were routed, and what training makes of it.")
+@dataclass
+class CTMoERoutingOutput(ModelOutput):
+    r"""
+    router_logits (`tuple[torch.Tensor]`, *optional*, returned when `output_router_logits=True`):
+        One float32 tensor of shape `(num_volumes, num_slices * num_tokens, routed_experts)` per MoE layer: the shared
+        router's logits, then those of the router of the volume's task group.
+    token_mask (`torch.Tensor` of shape `(num_volumes, num_slices * num_tokens)`):
+        True for the tokens that were routed: neither air nor padding.
+    task_logits (`torch.Tensor` of shape `(num_volumes, num_tasks)`, *optional*):
+        The task router's float32 logits.
+    task_index (`torch.Tensor` of shape `(num_volumes,)`, *optional*):
+        The task group each volume was sent to, -1 for none.
+    aux_loss (`torch.Tensor`, *optional*, returned in training):
+        The weighted sum of the three losses below, to be added to the language loss.
+    balance_loss (`torch.Tensor`, *optional*, returned in training):
+        Load balance over experts, and over tasks for volumes without a task label.
+    z_loss (`torch.Tensor`, *optional*, returned in training):
+        Router z-loss.
+    task_loss (`torch.Tensor`, *optional*, returned in training):
+        Cross-entropy of the task router on labelled volumes.
+    """
+
+    router_logits: tuple[torch.Tensor] | None = None
+    token_mask: torch.Tensor | None = None
+    task_logits: torch.Tensor | None = None
+    task_index: torch.Tensor | None = None
+    aux_loss: torch.Tensor | None = None
+    balance_loss: torch.Tensor | None = None
+    z_loss: torch.Tensor | None = None
+    task_loss: torch.Tensor | None = None
+
+
+@auto_docstring(custom_intro="Visual features of a batch of volumes.")
+@dataclass
+class CTMoEImageFeatures(BaseModelOutputWithPooling):
+    r"""
+    pooler_output (`list[torch.Tensor]`):
+        Per volume a tensor of shape `(num_visual_tokens, text_hidden_size)`, in z, y, x order.
+    prefix_hidden_states (`torch.Tensor`, *optional*):
+        See [`CTMoEVisionOutput`].
+    routing (`CTMoERoutingOutput`, *optional*):
+        How the volumes were routed.
+    """
+
+    prefix_hidden_states: torch.Tensor | None = None
+    routing: CTMoERoutingOutput | None = None
+
+
+@auto_docstring(custom_intro="Output of [`CTMoEModel`].")
+@dataclass
+class CTMoEModelOutputWithPast(BaseModelOutputWithPast):
+    r"""
+    image_hidden_states (`torch.Tensor` of shape `(num_visual_tokens, text_hidden_size)`, *optional*):
+        The visual tokens of all volumes, one after the other.
+    routing (`CTMoERoutingOutput`, *optional*):
+        How the volumes were routed.
+    """
+
+    image_hidden_states: torch.Tensor | None = None
+    routing: CTMoERoutingOutput | None = None
+
+
+@auto_docstring(custom_intro="Output of [`CTMoEForConditionalGeneration`].")
+@dataclass
+class CTMoECausalLMOutputWithPast(ModelOutput):
+    r"""
+    loss (`torch.Tensor` of shape `(1,)`, *optional*, returned when `labels` is provided):
+        The language loss, plus the routing's `aux_loss` in training.
+    logits (`torch.Tensor` of shape `(batch_size, sequence_length, vocab_size)`):
+        Prediction scores of the language modeling head.
+    past_key_values (`Cache`, *optional*):
+        Keys and values of the language model.
+    image_hidden_states (`torch.Tensor` of shape `(num_visual_tokens, text_hidden_size)`, *optional*):
+        The visual tokens of all volumes, one after the other.
+    routing (`CTMoERoutingOutput`, *optional*):
+        How the volumes were routed.
+    """
+
+    loss: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
+    past_key_values: Cache | None = None
+    hidden_states: tuple[torch.Tensor] | None = None
+    attentions: tuple[torch.Tensor] | None = None
+    image_hidden_states: torch.Tensor | None = None
+    routing: CTMoERoutingOutput | None = None
+
+
+class CTMoERouting(NamedTuple):
+    """What every MoE layer of one forward pass shares.
+
+    guide `(V, guide_size)` float32, zeros where there is no prompt; task_index `(V,)`, -1 for no task group;
+    task_gate `(V,)`, the straight-through factor of design section 2.3; token_mask `(V, S * N)`; token_index `(T,)`,
+    the flat positions where token_mask is True.
+    """
+
+    guide: torch.Tensor
+    task_index: torch.Tensor
+    task_gate: torch.Tensor
+    token_mask: torch.Tensor
+    token_index: torch.Tensor
+
+
+class CTMoEDepthRotaryEmbedding(nn.Module):
+    """Rotary embedding (RoFormer) of slice positions in millimetres: angle_i = 2 pi p / wavelength_i, in float32.
+
+    It has no parameters and is the identity at p = 0, so one slice passes as it did in the base.
+    """
+
+    def __init__(self, config: CTMoEVisionConfig):
+        super().__init__()
+        self.config = config
+
+    def forward(self, slice_positions: torch.Tensor, num_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+        shortest, longest = self.config.depth_wavelengths_mm
+        wavelengths = torch.logspace(
+            math.log10(shortest),
+            math.log10(longest),
+            self.config.depth_rotary_dim // 2,
+            device=slice_positions.device,
+            dtype=torch.float32,
+        )
+        millimetres = slice_positions.float() / 1000  # micrometres are integers: exact up to 16 m
+        angles = 2 * math.pi * millimetres[..., None] / wavelengths  # (V, S, rotary_dim / 2)
+        angles = torch.cat([angles, angles], dim=-1).repeat_interleave(num_tokens, dim=1)
+        return angles.cos().unsqueeze(1), angles.sin().unsqueeze(1)  # (V, 1, S * N, rotary_dim)
+
+
+def rotate_half(hidden_states: torch.Tensor) -> torch.Tensor:
+    """Second half of the channels, negated, before the first half."""
+    first, second = hidden_states.chunk(2, dim=-1)
+    return torch.cat([-second, first], dim=-1)
+
+
+def apply_depth_rotary(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotates the leading channels of queries or keys `(V, heads, S * N, head_dim)`; the rest carries no depth."""
+    rotated, kept = states.split([cos.shape[-1], states.shape[-1] - cos.shape[-1]], dim=-1)
+    rotated = rotated.float()
+    rotated = rotated * cos + rotate_half(rotated) * sin
+    return torch.cat([rotated.to(kept.dtype), kept], dim=-1)
+
+
+def eager_attention_forward(
+    module: nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    scaling: float,
+    dropout: float = 0.0,
+    **kwargs: Unpack[TransformersKwargs],
+):
+    attn_weights = torch.matmul(query, key.transpose(-1, -2)) * scaling
+    if attention_mask is not None:
+        attn_weights = attn_weights + attention_mask
+    attn_weights = nn.functional.softmax(attn_weights, dim=-1, dtype=torch.float32).to(query.dtype)
+    attn_weights = nn.functional.dropout(attn_weights, p=dropout, training=module.training)
+    attn_output = torch.matmul(attn_weights, value).transpose(1, 2).contiguous()
+    return attn_output, attn_weights
+
+
+class CTMoEVisionEmbeddings(nn.Module):
+    """The base's patch, class and position embeddings, plus the physical scale that the resize took away."""
+
+    def __init__(self, config: CTMoEVisionConfig):
+        super().__init__()
+        self.config = config
+        self.patch_embedding = nn.Conv2d(
+            config.num_channels,
+            config.hidden_size,
+            kernel_size=config.patch_size,
+            stride=config.patch_size,
+            bias=config.patch_bias,
+        )
+        # CODEPATH: CLIP and InternViT have a class token, SigLIP has none.
+        self.class_embedding = nn.Parameter(torch.empty(config.hidden_size)) if config.class_token else None
+        self.position_embedding = nn.Embedding(config.num_slice_tokens, config.hidden_size)
+        self.scale_embedding = nn.Linear(2, config.hidden_size, bias=False)
+
+    def forward(self, pixel_values: torch.Tensor, volume_scale: torch.Tensor) -> torch.Tensor:
+        """`(V, S, 3, height, width)` and `(V, 2)` to `(V * S, N, D)`."""
+        num_volumes, num_slices = pixel_values.shape[:2]
+        dtype = self.patch_embedding.weight.dtype
+        patch_embeds = self.patch_embedding(pixel_values.flatten(0, 1).to(dtype)).flatten(2).transpose(1, 2)
+        scale = self.scale_embedding(volume_scale.to(dtype)).repeat_interleave(num_slices, dim=0)
+        embeddings = patch_embeds + scale.unsqueeze(1)
+        if self.class_embedding is not None:
+            class_embeds = self.class_embedding.expand(num_volumes * num_slices, 1, -1)
+            embeddings = torch.cat([class_embeds, embeddings], dim=1)
+        return embeddings + self.position_embedding.weight
+
+
+class CTMoEVisionAttention(nn.Module):
+    """The base's self-attention; with position embeddings it turns queries and keys by their slice position."""
+
+    def __init__(self, config: CTMoEVisionConfig):
+        super().__init__()
+        self.config = config
+        self.head_dim = config.hidden_size // config.num_attention_heads
+        self.scaling = self.head_dim**-0.5
+        self.is_causal = False
+        self.q_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=config.attention_bias)
+        self.k_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=config.attention_bias)
+        self.v_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=config.attention_bias)
+        self.out_proj = nn.Linear(config.hidden_size, config.hidden_size)
+        self.q_norm = nn.RMSNorm(config.hidden_size, eps=config.layer_norm_eps) if config.qk_norm else nn.Identity()
+        self.k_norm = nn.RMSNorm(config.hidden_size, eps=config.layer_norm_eps) if config.qk_norm else nn.Identity()
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        input_shape = hidden_states.shape[:-1]
+        hidden_shape = (*input_shape, -1, self.head_dim)
+        queries = self.q_norm(self.q_proj(hidden_states)).view(hidden_shape).transpose(1, 2)
+        keys = self.k_norm(self.k_proj(hidden_states)).view(hidden_shape).transpose(1, 2)
+        values = self.v_proj(hidden_states).view(hidden_shape).transpose(1, 2)
+        if position_embeddings is not None:
+            queries = apply_depth_rotary(queries, *position_embeddings)
+            keys = apply_depth_rotary(keys, *position_embeddings)
+
+        attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
+            self.config._attn_implementation, eager_attention_forward
+        )
+        attn_output, attn_weights = attention_interface(
+            self,
+            queries,
+            keys,
+            values,
+            attention_mask,
+            scaling=self.scaling,
+            dropout=self.config.attention_dropout if self.training else 0.0,
+            **kwargs,
+        )
+        return self.out_proj(attn_output.reshape(*input_shape, -1)), attn_weights
+
+
+class CTMoEVisionMLP(nn.Module):
+    """The base's FFN: in a MoE layer the always-on expert."""
+
+    def __init__(self, config: CTMoEVisionConfig):
+        super().__init__()
+        self.act_fn = ACT2FN[config.hidden_act]
+        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        return self.fc2(self.act_fn(self.fc1(hidden_states)))
+
+
+@use_experts_implementation(has_gate=False, has_bias=True)
+class CTMoEExperts(nn.Module):
+    """All routed experts of one layer, `down(act(up(x)))` with biases: shared group first, then task after task.
+
+    Differs from the language-side MoE of the library: no gate, biases, and a zero-initialised down projection.
+    """
+
+    def __init__(self, config: CTMoEVisionConfig):
+        super().__init__()
+        self.num_experts = config.num_experts * int(config.shared_group) + config.num_task_experts * config.num_tasks
+        width, hidden = config.moe_intermediate_size, config.hidden_size
+        self.up_proj = nn.Parameter(torch.empty(self.num_experts, width, hidden))
+        self.up_proj_bias = nn.Parameter(torch.empty(self.num_experts, width))
+        self.down_proj = nn.Parameter(torch.empty(self.num_experts, hidden, width))
+        self.down_proj_bias = nn.Parameter(torch.empty(self.num_experts, hidden))
+        self.act_fn = ACT2FN[config.hidden_act]
+
+    def forward(
+        self, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+    ) -> torch.Tensor:
+        """The library's `eager` path, for devices without a grouped matrix product. `(T, D)` in and out."""
+        output = torch.zeros_like(hidden_states)
+        for expert in top_k_index.unique():
+            token, slot = torch.where(top_k_index == expert)
+            states = nn.functional.linear(hidden_states[token], self.up_proj[expert], self.up_proj_bias[expert])
+            states = nn.functional.linear(self.act_fn(states), self.down_proj[expert], self.down_proj_bias[expert])
+            output.index_add_(0, token, states * top_k_weights[token, slot, None])
+        return output
+
+
+class CTMoERouter(nn.Module):
+    """Logits r = W (x * (1 + A g)) + U g of one group of experts per volume (design section 2.3).
+
+    Holds the routers of `num_groups` groups and applies to every volume the one it was assigned. A is zero at first.
+    The product W (x * (1 + A g)) is computed as (W * (1 + A g)) x: one small matrix per volume instead of a scaled
+    copy of every token.
+    """
+
+    def __init__(self, config: CTMoEVisionConfig, num_groups: int, num_routed: int):
+        super().__init__()
+        hidden_size = config.hidden_size
+        self.weight = nn.Parameter(torch.empty(num_groups, num_routed, hidden_size))
+        # CODEPATH: guide_interaction "film" (the default) has A and U, "bias" U only, "none" neither.
+        film, bias = config.guide_interaction == "film", config.guide_interaction != "none"
+        self.guide_scale = nn.Parameter(torch.empty(num_groups, hidden_size, config.guide_size)) if film else None
+        self.guide_bias = nn.Parameter(torch.empty(num_groups, num_routed, config.guide_size)) if bias else None
+
+    def forward(self, hidden_states: torch.Tensor, guide: torch.Tensor, group: torch.Tensor) -> torch.Tensor:
+        """float32 `(V, S * N, D)`, `(V, guide_size)` and group numbers `(V,)` to float32 logits `(V, S * N, E)`."""
+        weight = self.weight[group].float()  # (V, E, D)
+        guide = guide.unsqueeze(-1)  # (V, guide_size, 1)
+        if self.guide_scale is not None:
+            weight = weight * (1 + torch.matmul(self.guide_scale[group].float(), guide)).transpose(1, 2)
+        logits = torch.matmul(hidden_states, weight.transpose(1, 2))
+        if self.guide_bias is not None:
+            logits = logits + torch.matmul(self.guide_bias[group].float(), guide).transpose(1, 2)
+        return logits
+
+
+class CTMoETextGuidedMoE(nn.Module):
+    """The routed part of a TGH-MoE layer: Shared(x, g) + gate * Task_t(x, g), to be added to FFN(x)."""
+
+    def __init__(self, config: CTMoEVisionConfig):
+        super().__init__()
+        self.config = config
+        self.experts = CTMoEExperts(config)
+        # A group of one expert needs no router: its weight is 1.
+        shared = config.shared_group and config.num_experts > 1
+        tasks = config.num_tasks > 0 and config.num_task_experts > 1
+        # CODEPATH: the ablations "task level only" (no shared group or one expert each) and "token level only".
+        self.shared_router = CTMoERouter(config, 1, config.num_experts) if shared else None
+        self.group_router = CTMoERouter(config, config.num_tasks, config.num_task_experts) if tasks else None
+
+    def forward(self, hidden_states: torch.Tensor, routing: CTMoERouting) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """`(V, S * N, D)` to the experts' output of the routed tokens `(T, D)` and the logits `(V, S * N, routed)`."""
+        config = self.config
+        with torch.autocast(hidden_states.device.type, enabled=False):
+            states = hidden_states.float()
+            if self.training and config.router_jitter > 0:
+                states = states * torch.empty_like(states).uniform_(1 - config.router_jitter, 1 + config.router_jitter)
+            logits, index, weights = [], [], []
+            # CODEPATH: the ablation "task level only" has no shared group.
+            if config.shared_group:
+                index_, weights_ = self._route(
+                    self.shared_router, states, routing.guide, torch.zeros_like(routing.task_index), logits
+                )
+                index.append(index_)
+                weights.append(weights_)
+            # CODEPATH: the ablation "token level only" has no task groups.
+            if config.num_tasks:
+                group = routing.task_index.clamp(min=0)
+                index_, weights_ = self._route(self.group_router, states, routing.guide, group, logits)
+                first = config.num_experts * int(config.shared_group) + config.num_task_experts * group
+                index.append(index_ + first[:, None, None])
+                # Volumes without a task group pass through one with weight 0, which keeps one call for all.
+                weights.append(weights_ * (routing.task_gate * (routing.task_index >= 0))[:, None, None])
+        top_k_index = torch.cat(index, dim=-1).flatten(0, 1).index_select(0, routing.token_index)
+        top_k_weights = torch.cat(weights, dim=-1).flatten(0, 1).index_select(0, routing.token_index)
+        routed = hidden_states.flatten(0, 1).index_select(0, routing.token_index)
+        output = self.experts(routed, top_k_index, top_k_weights.to(routed.dtype))
+        return output, torch.cat(logits, dim=-1) if logits else None
+
+    def _route(self, router, states, guide, group, all_logits) -> tuple[torch.Tensor, torch.Tensor]:
+        """Expert numbers inside the group and their weights, both `(V, S * N, k)`; logits are appended to the list."""
+        if router is None:
+            shape = (*states.shape[:2], 1)
+            return states.new_zeros(shape, dtype=torch.long), states.new_ones(shape)
+        logits = router(states, guide, group)
+        all_logits.append(logits)
+        weights, index = logits.softmax(dim=-1).topk(self.config.num_experts_per_tok, dim=-1)
+        # CODEPATH: renormalised weights are an option for two and more experts per token, off by default.
+        if self.config.norm_topk_prob:
+            weights = weights / weights.sum(dim=-1, keepdim=True)
+        return index, weights
+
+
+class CTMoEVisionLayer(GradientCheckpointingLayer):
+    """A layer of the base's ViT. A volume layer attends over all slices; a MoE layer adds the TGH-MoE to the FFN."""
+
+    def __init__(self, config: CTMoEVisionConfig, layer_idx: int):
+        super().__init__()
+        norm = nn.RMSNorm if config.norm_type == "rms_norm" else nn.LayerNorm
+        self.is_volume_layer = layer_idx in config.volume_layers
+        self.self_attn = CTMoEVisionAttention(config)
+        self.layer_norm1 = norm(config.hidden_size, eps=config.layer_norm_eps)
+        self.mlp = CTMoEVisionMLP(config)
+        self.layer_norm2 = norm(config.hidden_size, eps=config.layer_norm_eps)
+        # CODEPATH: layers outside moe_layers, and all layers of the dense ablation, have an FFN only.
+        self.moe = CTMoETextGuidedMoE(config) if layer_idx in config.moe_layers else None
+        self.layer_scale1 = nn.Parameter(torch.empty(config.hidden_size)) if config.layer_scale else None
+        self.layer_scale2 = nn.Parameter(torch.empty(config.hidden_size)) if config.layer_scale else None
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        routing: CTMoERouting,
+        num_slices: int,
+        attention_mask: torch.Tensor | None = None,
+        position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """`(V * S, N, D)` in and out, and a MoE layer's router logits. Mask and positions are for volume layers."""
+        slice_shape = hidden_states.shape
+        volume_shape = (-1, num_slices * slice_shape[1], slice_shape[2])
+        if self.is_volume_layer:
+            hidden_states = hidden_states.view(volume_shape)
+        else:
+            attention_mask = position_embeddings = None
+
+        residual = hidden_states
+        hidden_states, _ = self.self_attn(
+            self.layer_norm1(hidden_states),
+            attention_mask=attention_mask,
+            position_embeddings=position_embeddings,
+            **kwargs,
+        )
+        if self.layer_scale1 is not None:
+            hidden_states = self.layer_scale1 * hidden_states
+        hidden_states = residual + hidden_states
+
+        residual = hidden_states
+        normed = self.layer_norm2(hidden_states)
+        hidden_states = self.mlp(normed)
+        router_logits = None
+        if self.moe is not None and routing.token_index.shape[0] > 0:
+            expert_output, router_logits = self.moe(normed, routing)
+            flat = hidden_states.flatten(0, 1)
+            hidden_states = flat.index_add(0, routing.token_index, expert_output.to(flat.dtype)).view_as(hidden_states)
+        if self.layer_scale2 is not None:
+            hidden_states = self.layer_scale2 * hidden_states
+        hidden_states = residual + hidden_states
+        return hidden_states.view(slice_shape), router_logits
+
+
+class CTMoEGuideEncoder(nn.Module):
+    """Prompt embeddings to the guide: attention pooling with a learned query, LayerNorm, Linear."""
+
+    def __init__(self, config: CTMoEConfig):
+        super().__init__()
+        hidden_size = config.text_config.hidden_size
+        self.query = nn.Parameter(torch.empty(hidden_size))
+        self.norm = nn.LayerNorm(hidden_size)
+        self.proj = nn.Linear(hidden_size, config.vision_config.guide_size)
+
+    def forward(self, embeds: torch.Tensor, attention_mask: torch.Tensor) -> torch.Tensor:
+        """`(V, L, text_hidden_size)` and `(V, L)` to float32 `(V, guide_size)`; zeros for an empty prompt."""
+        mask = attention_mask.bool()
+        scores = torch.matmul(embeds, self.query).float() * embeds.shape[-1] ** -0.5
+        scores = scores.masked_fill(~mask, torch.finfo(scores.dtype).min)
+        pooled = torch.matmul(scores.softmax(dim=-1).to(embeds.dtype).unsqueeze(1), embeds).squeeze(1)
+        return self.proj(self.norm(pooled)).float() * mask.any(dim=-1, keepdim=True)
+
+
+class CTMoEMultiModalProjector(nn.Module):
+    """The base's two-layer projector."""
+
+    def __init__(self, config: CTMoEConfig):
+        super().__init__()
+        bias = config.multimodal_projector_bias
+        self.linear_1 = nn.Linear(config.vision_config.hidden_size, config.text_config.hidden_size, bias=bias)
+        self.act = ACT2FN[config.projector_hidden_act]
+        self.linear_2 = nn.Linear(config.text_config.hidden_size, config.text_config.hidden_size, bias=bias)
+
+    def forward(self, image_features: torch.Tensor) -> torch.Tensor:
+        return self.linear_2(self.act(self.linear_1(image_features)))
+
+
+@auto_docstring(custom_intro="Flags and weight initialisation shared by all CT-MoE models.")
+class CTMoEPreTrainedModel(PreTrainedModel):
+    config: CTMoEConfig
+    base_model_prefix = "model"
+    input_modalities = ("image", "text")
+    supports_gradient_checkpointing = True
+    _no_split_modules = ["CTMoEVisionEmbeddings", "CTMoEVisionLayer"]
+    _skip_keys_device_placement = ["past_key_values"]
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+
+    @torch.no_grad()
+    def _init_weights(self, module):
+        super()._init_weights(module)
+        std = self.config.get_text_config().initializer_range
+        if isinstance(module, CTMoEVisionEmbeddings):
+            if module.class_embedding is not None:
+                init.normal_(module.class_embedding, std=std)
+            init.zeros_(module.scale_embedding.weight)  # a converted model computes what its base computes
+        elif isinstance(module, CTMoEExperts):
+            init.normal_(module.up_proj, std=std)
+            init.zeros_(module.up_proj_bias)
+            init.zeros_(module.down_proj)  # likewise
+            init.zeros_(module.down_proj_bias)
+        elif isinstance(module, CTMoERouter):
+            init.normal_(module.weight, std=std)
+            if module.guide_scale is not None:
+                init.zeros_(module.guide_scale)
+            if module.guide_bias is not None:
+                init.normal_(module.guide_bias, std=std)
+        elif isinstance(module, CTMoEVisionLayer):
+            if module.layer_scale1 is not None:
+                init.ones_(module.layer_scale1)
+                init.ones_(module.layer_scale2)
+        elif isinstance(module, CTMoEGuideEncoder):
+            init.normal_(module.query, std=std)
+
+
+@auto_docstring(custom_intro="The vision encoder: the base's ViT, 3D in its volume layers, TGH-MoE in its MoE layers.")
+class CTMoEVisionModel(CTMoEPreTrainedModel):
+    config: CTMoEVisionConfig
+    base_model_prefix = "vision_tower"
+    main_input_name = "pixel_values"
+    input_modalities = ("image",)
+    _input_embed_layer = "patch_embedding"
+    _can_record_outputs = {
+        "hidden_states": OutputRecorder(CTMoEVisionLayer, num_hidden_layers_key="num_read_layers"),
+        "attentions": CTMoEVisionAttention,
+    }
+
+    def __init__(self, config: CTMoEVisionConfig):
+        super().__init__(config)
+        norm = nn.RMSNorm if config.norm_type == "rms_norm" else nn.LayerNorm
+        self.embeddings = CTMoEVisionEmbeddings(config)
+        self.pre_layernorm = (
+            norm(config.hidden_size, eps=config.layer_norm_eps) if config.pre_layernorm else nn.Identity()
+        )
+        self.layers = nn.ModuleList(CTMoEVisionLayer(config, i) for i in range(config.num_read_layers))
+        self.post_layernorm = (
+            norm(config.hidden_size, eps=config.layer_norm_eps) if config.post_layernorm else nn.Identity()
+        )
+        self.depth_rotary = CTMoEDepthRotaryEmbedding(config)
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs(tie_last_hidden_states=False)
+    @auto_docstring(custom_args=VOLUME_ARGS)
+    def forward(
+        self,
+        pixel_values: torch.Tensor | None = None,
+        slice_mask: torch.Tensor | None = None,
+        slice_positions: torch.Tensor | None = None,
+        patch_mask: torch.Tensor | None = None,
+        volume_scale: torch.Tensor | None = None,
+        guide: torch.Tensor | None = None,
+        task_index: torch.Tensor | None = None,
+        task_gate: torch.Tensor | None = None,
+        prefix_hidden_states: torch.Tensor | None = None,
+        output_prefix_hidden_states: bool = False,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> CTMoEVisionOutput:
+        first_moe_layer = min(self.config.moe_layers, default=self.config.num_read_layers)
+        if prefix_hidden_states is None:
+            num_volumes, num_slices = pixel_values.shape[:2]
+            self._check_pixel_values(pixel_values, slice_positions)
+            if volume_scale is None:
+                volume_scale = pixel_values.new_zeros(num_volumes, 2)
+            hidden_states = self.pre_layernorm(self.embeddings(pixel_values, volume_scale))
+            first_layer = 0
+        else:
+            num_volumes, num_slices = prefix_hidden_states.shape[:2]
+            hidden_states = prefix_hidden_states.flatten(0, 1)
+            first_layer = first_moe_layer
+        device = hidden_states.device
+        num_tokens = hidden_states.shape[1]
+        if slice_mask is None:
+            slice_mask = torch.ones(num_volumes, num_slices, dtype=torch.bool, device=device)
+        if slice_positions is None:
+            slice_positions = torch.zeros(num_volumes, num_slices, dtype=torch.int32, device=device)
+
+        attention_mask = create_bidirectional_mask(
+            config=self.config,
+            inputs_embeds=hidden_states.view(num_volumes, num_slices * num_tokens, -1),
+            attention_mask=slice_mask.repeat_interleave(num_tokens, dim=1),
+        )
+        # CODEPATH: a rotary fraction of 0 is the ablation without depth positions.
+        position_embeddings = self.depth_rotary(slice_positions, num_tokens) if self.config.depth_rotary_dim else None
+        routing = self._prepare_routing(slice_mask, patch_mask, num_tokens, guide, task_index, task_gate)
+
+        router_logits = ()
+        prefix = None
+        for layer_idx, layer in enumerate(self.layers[first_layer:], start=first_layer):
+            if layer_idx == first_moe_layer:
+                prefix = hidden_states
+            hidden_states, layer_logits = layer(
+                hidden_states,
+                routing,
+                num_slices,
+                attention_mask=attention_mask,
+                position_embeddings=position_embeddings,
+                **kwargs,
+            )
+            if layer_logits is not None:
+                router_logits += (layer_logits,)
+        prefix = hidden_states if prefix is None else prefix
+        slice_shape = (num_volumes, num_slices, num_tokens, -1)
+        return CTMoEVisionOutput(
+            last_hidden_state=self.post_layernorm(hidden_states).view(slice_shape),
+            router_logits=router_logits or None,
+            token_mask=routing.token_mask,
+            prefix_hidden_states=prefix.view(slice_shape) if output_prefix_hidden_states else None,
+        )
+
+    def _check_pixel_values(self, pixel_values: torch.Tensor, slice_positions: torch.Tensor | None) -> None:
+        size = self.config.image_size
+        expected = (self.config.num_channels, size, size)
+        if pixel_values.ndim != 5 or tuple(pixel_values.shape[2:]) != expected:
+            raise ModelError(
+                "pixel_values",
+                f"shape {tuple(pixel_values.shape)}, expected (volumes, slices, {', '.join(map(str, expected))})",
+                "Make them with the model's own processor",
+            )
+        if slice_positions is None and pixel_values.shape[1] > 1:
+            raise ModelError(
+                "slice_positions",
+                f"missing for volumes of {pixel_values.shape[1]} slices",
+                "Pass what the processor returned: the model places slices by millimetres, not by number",
+            )
+
+    def _prepare_routing(
+        self,
+        slice_mask: torch.Tensor,
+        patch_mask: torch.Tensor | None,
+        num_tokens: int,
+        guide: torch.Tensor | None,
+        task_index: torch.Tensor | None,
+        task_gate: torch.Tensor | None,
+    ) -> CTMoERouting:
+        num_volumes = slice_mask.shape[0]
+        token_mask = slice_mask[..., None].expand(-1, -1, num_tokens)
+        if patch_mask is not None:
+            # The class token stands for its slice and is routed with it.
+            num_class_tokens = num_tokens - patch_mask.shape[-2] * patch_mask.shape[-1]
+            patches = nn.functional.pad(patch_mask.flatten(2), (num_class_tokens, 0), value=True)
+            token_mask = token_mask & patches
+        token_mask = token_mask.flatten(1)
+        if guide is None:
+            guide = torch.zeros(num_volumes, self.config.guide_size, device=slice_mask.device)
+        if task_index is None:
+            task_index = torch.full((num_volumes,), -1, device=slice_mask.device)
+        if task_gate is None:
+            task_gate = torch.ones(num_volumes, device=slice_mask.device)
+        return CTMoERouting(
+            guide=guide.float(),
+            task_index=task_index,
+            task_gate=task_gate,
+            token_mask=token_mask,
+            token_index=token_mask.flatten().nonzero().squeeze(-1),
+        )
+
+
+@auto_docstring(custom_intro="Vision encoder, projector and language model: volumes and text in, hidden states out.")
+class CTMoEModel(CTMoEPreTrainedModel):
+    def __init__(self, config: CTMoEConfig):
+        super().__init__(config)
+        self.vision_tower = CTMoEVisionModel._from_config(config.vision_config)
+        self.multi_modal_projector = CTMoEMultiModalProjector(config)
+        self.language_model = AutoModel.from_config(config.text_config)
+        vision_config = config.vision_config
+        routed_by_text = bool(vision_config.moe_layers) and (
+            vision_config.guide_interaction != "none" or vision_config.num_tasks > 0
+        )
+        # CODEPATH: the dense ablation, and token-level experts without guide, read no prompt.
+        self.guide_encoder = CTMoEGuideEncoder(config) if routed_by_text else None
+        # CODEPATH: the dense and the token-level ablations have no task groups.
+        self.task_router = (
+            nn.Linear(vision_config.guide_size, vision_config.num_tasks)
+            if vision_config.moe_layers and vision_config.num_tasks
+            else None
+        )
+        self.post_init()
+
+    @merge_with_config_defaults
+    @can_return_tuple
+    @auto_docstring(
+        custom_intro="Encodes volumes: vision encoder, pooling, projector; with the prompt as guide.",
+        custom_args=VOLUME_ARGS,
+    )
+    def get_image_features(
+        self,
+        pixel_values: torch.Tensor | None = None,
+        slice_mask: torch.Tensor | None = None,
+        slice_positions: torch.Tensor | None = None,
+        patch_mask: torch.Tensor | None = None,
+        volume_scale: torch.Tensor | None = None,
+        guide_input_ids: torch.Tensor | None = None,
+        guide_attention_mask: torch.Tensor | None = None,
+        task_ids: torch.Tensor | None = None,
+        prefix_hidden_states: torch.Tensor | None = None,
+        output_prefix_hidden_states: bool = False,
+        output_router_logits: bool = False,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple | CTMoEImageFeatures:
+        guide, has_guide = self._encode_guide(guide_input_ids, guide_attention_mask)
+        num_volumes = (pixel_values if prefix_hidden_states is None else prefix_hidden_states).shape[0]
+        if guide is not None and guide.shape[0] != num_volumes:
+            raise ModelError(
+                "guide_input_ids",
+                f"{guide.shape[0]} rows for {num_volumes} volumes",
+                "Give one row per volume: a prompt with two volumes has its guide twice",
+            )
+        task_logits, task_index, task_gate = self._choose_task(guide, has_guide, task_ids)
+        outputs = self.vision_tower(
+            pixel_values=pixel_values,
+            slice_mask=slice_mask,
+            slice_positions=slice_positions,
+            patch_mask=patch_mask,
+            volume_scale=volume_scale,
+            guide=guide,
+            task_index=task_index,
+            task_gate=task_gate,
+            prefix_hidden_states=prefix_hidden_states,
+            output_prefix_hidden_states=output_prefix_hidden_states,
+            return_dict=True,
+            **kwargs,
+        )
+        losses = {}
+        if self.training:
+            losses = self._routing_losses(outputs, task_logits, task_index, has_guide, task_ids)
+        return CTMoEImageFeatures(
+            last_hidden_state=outputs.last_hidden_state,
+            pooler_output=self._pool_and_project(outputs.last_hidden_state, slice_mask),
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            prefix_hidden_states=outputs.prefix_hidden_states,
+            routing=CTMoERoutingOutput(
+                router_logits=outputs.router_logits if output_router_logits else None,
+                token_mask=outputs.token_mask,
+                task_logits=task_logits,
+                task_index=task_index,
+                **losses,
+            ),
+        )
+
+    def _encode_guide(
+        self, guide_input_ids: torch.Tensor | None, guide_attention_mask: torch.Tensor | None
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """Guide `(V, guide_size)` and which volumes have one `(V,)`. The input embeddings get no gradient."""
+        if self.guide_encoder is None or guide_input_ids is None:
+            return None, None
+        if guide_attention_mask is None:
+            guide_attention_mask = torch.ones_like(guide_input_ids)
+        embeds = self.get_input_embeddings()(guide_input_ids).detach()
+        return self.guide_encoder(embeds, guide_attention_mask), guide_attention_mask.bool().any(dim=-1)
+
+    def _choose_task(
+        self, guide: torch.Tensor | None, has_guide: torch.Tensor | None, task_ids: torch.Tensor | None
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+        """Task logits `(V, num_tasks)`, the group of each volume `(V,)` and its straight-through factor `(V,)`.
+
+        A label or a caller's `task_ids` decides; else the text does; without text there is no group.
+        """
+        if self.task_router is None:
+            return None, None, None
+        if guide is None:
+            return None, None if task_ids is None else task_ids.clamp(min=-1), None
+        with torch.autocast(guide.device.type, enabled=False):
+            logits = nn.functional.linear(guide, self.task_router.weight.float(), self.task_router.bias.float())
+        probs = logits.softmax(dim=-1)
+        index = probs.argmax(dim=-1).masked_fill(~has_guide, -1)
+        forced = torch.zeros_like(has_guide) if task_ids is None else task_ids >= 0
+        if task_ids is not None:
+            index = torch.where(forced, task_ids, index)
+        chosen = probs.gather(1, index.clamp(min=0).unsqueeze(1)).squeeze(1)
+        gate = torch.where(forced, torch.ones_like(chosen), 1 + chosen - chosen.detach())
+        return logits, index, gate
+
+    def _routing_losses(
+        self,
+        outputs: CTMoEVisionOutput,
+        task_logits: torch.Tensor | None,
+        task_index: torch.Tensor | None,
+        has_guide: torch.Tensor | None,
+        task_ids: torch.Tensor | None,
+    ) -> dict[str, torch.Tensor]:
+        """The three losses of design section 2.3, each per volume over routed tokens and averaged over volumes."""
+        vision_config = self.config.vision_config
+        zero = outputs.last_hidden_state.new_zeros((), dtype=torch.float32)
+        balance_loss, z_loss, task_loss = zero, zero, zero
+        if outputs.router_logits is not None:
+            groups = split_router_logits(torch.stack(outputs.router_logits), vision_config)
+            for name, logits in groups.items():
+                in_group = torch.ones_like(outputs.token_mask[:, 0]) if name == "shared" else task_index >= 0
+                balance, z = _token_router_losses(
+                    logits, outputs.token_mask & in_group[:, None], vision_config.num_experts_per_tok
+                )
+                balance_loss, z_loss = balance_loss + balance, z_loss + z
+        if task_logits is not None:
+            labelled = torch.zeros_like(has_guide) if task_ids is None else (task_ids >= 0) & has_guide
+            if task_ids is not None:
+                cross_entropy = nn.functional.cross_entropy(task_logits, task_ids.clamp(min=0), reduction="none")
+                task_loss = (cross_entropy * labelled).mean()
+            balance_loss = balance_loss + _task_balance_loss(task_logits, has_guide & ~labelled)
+        aux_loss = (
+            self.config.router_balance_coef * balance_loss
+            + self.config.router_z_coef * z_loss
+            + self.config.task_coef * task_loss
+        )
+        return {"aux_loss": aux_loss, "balance_loss": balance_loss, "z_loss": z_loss, "task_loss": task_loss}
+
+    def _pool_and_project(self, features: torch.Tensor, slice_mask: torch.Tensor | None) -> list[torch.Tensor]:
+        """`(V, S, N, D)` to one `(tokens, text_hidden_size)` per volume; partial cells average what exists."""
+        num_volumes, num_slices = features.shape[:2]
+        grid = self.config.vision_config.grid_size
+        features = features[:, :, -(grid**2) :].unflatten(2, (grid, grid))  # class tokens left out
+        if slice_mask is None:
+            slice_mask = torch.ones(num_volumes, num_slices, dtype=torch.bool, device=features.device)
+        pool = self.config.pool
+        if any(step > 1 for step in pool):
+            exists = slice_mask[:, :, None, None, None].expand(-1, -1, grid, grid, 1).to(features.dtype)
+            count = _sum_cells(exists, pool)
+            features = _sum_cells(features * exists, pool) / count.clamp(min=1)
+            cell_mask = count[:, :, 0, 0, 0] > 0
+        else:
+            cell_mask = slice_mask
+        projected = self.multi_modal_projector(features[cell_mask].flatten(1, 2))  # (cells, rows * columns, D_text)
+        return [cells.flatten(0, 1) for cells in projected.split(cell_mask.sum(dim=1).tolist())]
+
+    def get_placeholder_mask(
+        self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor, image_features: list[torch.Tensor]
+    ) -> torch.Tensor:
+        """Where visual tokens go, `(batch_size, sequence_length, 1)`; their number must match exactly."""
+        if input_ids is None:
+            placeholder = self.get_input_embeddings()(
+                torch.full((), self.config.image_token_id, dtype=torch.long, device=inputs_embeds.device)
+            )
+            mask = (inputs_embeds == placeholder).all(-1)
+        else:
+            mask = input_ids == self.config.image_token_id
+        num_placeholders, num_features = int(mask.sum()), sum(len(features) for features in image_features)
+        if num_placeholders != num_features:
+            raise PromptError(
+                "input_ids",
+                f"{num_placeholders} placeholder tokens for {num_features} visual tokens of {len(image_features)} "
+                "volumes",
+                "Let the model's own processor expand the placeholders, with the pool of the model's config",
+            )
+        return mask.unsqueeze(-1)
+
+    @can_return_tuple
+    @auto_docstring(custom_args=VOLUME_ARGS)
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        slice_mask: torch.Tensor | None = None,
+        slice_positions: torch.Tensor | None = None,
+        patch_mask: torch.Tensor | None = None,
+        volume_scale: torch.Tensor | None = None,
+        guide_input_ids: torch.Tensor | None = None,
+        guide_attention_mask: torch.Tensor | None = None,
+        task_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        mm_encoder_outputs: dict[str, CTMoEImageFeatures] | None = None,
+        output_router_logits: bool = False,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple | CTMoEModelOutputWithPast:
+        if (input_ids is None) == (inputs_embeds is None):
+            raise ModelError("input_ids", "both or neither of input_ids and inputs_embeds were given", "Give one")
+        if pixel_values is not None and mm_encoder_outputs:
+            raise ModelError("mm_encoder_outputs", "given together with pixel_values", "Give one of them")
+        if inputs_embeds is None:
+            inputs_embeds = self.get_input_embeddings()(input_ids)
+
+        features = (mm_encoder_outputs or {}).get("image")
+        if pixel_values is not None:
+            features = self.get_image_features(
+                pixel_values=pixel_values,
+                slice_mask=slice_mask,
+                slice_positions=slice_positions,
+                patch_mask=patch_mask,
+                volume_scale=volume_scale,
+                guide_input_ids=guide_input_ids,
+                guide_attention_mask=guide_attention_mask,
+                task_ids=task_ids,
+                output_router_logits=output_router_logits,
+                return_dict=True,
+            )
+        image_hidden_states = None
+        if features is not None:
+            mask = self.get_placeholder_mask(input_ids, inputs_embeds, features.pooler_output)
+            image_hidden_states = torch.cat(features.pooler_output).to(inputs_embeds.device, inputs_embeds.dtype)
+            inputs_embeds = inputs_embeds.masked_scatter(mask.to(inputs_embeds.device), image_hidden_states)
+
+        outputs = self.language_model(
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            **kwargs,
+        )
+        return CTMoEModelOutputWithPast(
+            last_hidden_state=outputs.last_hidden_state,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            image_hidden_states=image_hidden_states,
+            routing=None if features is None else features.routing,
+        )
+
+
+@auto_docstring(custom_intro="CT-MoE with its language modeling head: reports and answers from CT volumes.")
+class CTMoEForConditionalGeneration(CTMoEPreTrainedModel, GenerationMixin):
+    _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
+    # Every saved folder carries its own code, checkpoints in the middle of a training run included.
+    _auto_class = "AutoModel"
+
+    def __init__(self, config: CTMoEConfig):
+        super().__init__(config)
+        self.model = CTMoEModel(config)
+        self.lm_head = nn.Linear(config.text_config.hidden_size, config.text_config.vocab_size, bias=False)
+        self.post_init()
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.lm_head
+
+    @auto_docstring(custom_intro="See [`~CTMoEModel.get_image_features`], which takes the same arguments.")
+    def get_image_features(
+        self, pixel_values: torch.Tensor | None = None, **kwargs: Unpack[TransformersKwargs]
+    ) -> tuple | CTMoEImageFeatures:
+        return self.model.get_image_features(pixel_values=pixel_values, **kwargs)
+
+    @can_return_tuple
+    @auto_docstring(custom_args=VOLUME_ARGS)
+    def forward(
+        self,
+        input_ids: torch.LongTensor | None = None,
+        pixel_values: torch.Tensor | None = None,
+        slice_mask: torch.Tensor | None = None,
+        slice_positions: torch.Tensor | None = None,
+        patch_mask: torch.Tensor | None = None,
+        volume_scale: torch.Tensor | None = None,
+        guide_input_ids: torch.Tensor | None = None,
+        guide_attention_mask: torch.Tensor | None = None,
+        task_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.LongTensor | None = None,
+        past_key_values: Cache | None = None,
+        inputs_embeds: torch.Tensor | None = None,
+        labels: torch.LongTensor | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        mm_encoder_outputs: dict[str, CTMoEImageFeatures] | None = None,
+        output_router_logits: bool = False,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> tuple | CTMoECausalLMOutputWithPast:
+        outputs = self.model(
+            input_ids=input_ids,
+            pixel_values=pixel_values,
+            slice_mask=slice_mask,
+            slice_positions=slice_positions,
+            patch_mask=patch_mask,
+            volume_scale=volume_scale,
+            guide_input_ids=guide_input_ids,
+            guide_attention_mask=guide_attention_mask,
+            task_ids=task_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            inputs_embeds=inputs_embeds,
+            mm_encoder_outputs=mm_encoder_outputs,
+            output_router_logits=output_router_logits,
+            **kwargs,
+        )
+        hidden_states = slice_logits_to_keep(outputs.last_hidden_state, logits_to_keep)
+        logits = self.lm_head(hidden_states)
+
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(
+                logits=logits, labels=labels, vocab_size=self.config.text_config.vocab_size, **kwargs
+            )
+            if outputs.routing is not None and outputs.routing.aux_loss is not None:
+                loss = loss + outputs.routing.aux_loss.to(loss.device)
+        return CTMoECausalLMOutputWithPast(
+            loss=loss,
+            logits=logits,
+            past_key_values=outputs.past_key_values,
+            hidden_states=outputs.hidden_states,
+            attentions=outputs.attentions,
+            image_hidden_states=outputs.image_hidden_states,
+            routing=outputs.routing,
+        )
+
+
+def split_router_logits(logits: torch.Tensor, config: CTMoEVisionConfig) -> dict[str, torch.Tensor]:
+    """The last dimension of router logits, by group: `shared`, `task`. Groups of one expert have none."""
+    # CODEPATH: the ablation "task level only" has no shared group.
+    shared = config.num_experts if config.shared_group and config.num_experts > 1 else 0
+    parts = {"shared": logits[..., :shared], "task": logits[..., shared:]}
+    return {name: part for name, part in parts.items() if part.shape[-1]}
+
+
+def routing_statistics(routing: CTMoERoutingOutput, config: CTMoEVisionConfig) -> list[dict[str, torch.Tensor]]:
+    """Per MoE layer and group: expert load `(V, E)` and router entropy in nats `(V,)`, over the routed tokens.
+
+    `routing` must come from a call with `output_router_logits=True`.
+    """
+    statistics = []
+    mask = routing.token_mask.unsqueeze(-1)
+    tokens = mask.sum(dim=1).clamp(min=1)
+    for layer_logits in routing.router_logits or ():
+        layer = {}
+        for name, logits in split_router_logits(layer_logits, config).items():
+            probs = logits.softmax(dim=-1)
+            chosen = _chosen_experts(logits, config.num_experts_per_tok)
+            layer[f"{name}_load"] = (chosen * mask).sum(dim=1) / (tokens * config.num_experts_per_tok)
+            layer[f"{name}_entropy"] = (torch.special.entr(probs) * mask).sum(dim=(1, 2)) / tokens.squeeze(-1)
+        statistics.append(layer)
+    return statistics
+
+
+def _chosen_experts(logits: torch.Tensor, num_experts_per_tok: int) -> torch.Tensor:
+    """Float 0/1 tensor of the logits' shape: the experts that top-k takes."""
+    index = logits.topk(num_experts_per_tok, dim=-1).indices
+    return torch.zeros_like(logits).scatter_(-1, index, 1.0)
+
+
+def _token_router_losses(
+    logits: torch.Tensor, token_mask: torch.Tensor, num_experts_per_tok: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Switch load balance `E * sum_e f_e P_e` and z-loss of `(layers, V, S * N, E)` logits, mean over layers and V."""
+    mask = token_mask.unsqueeze(-1)
+    tokens = mask.sum(dim=1).clamp(min=1)  # (V, 1); a volume without tokens in the group adds 0
+    load = (_chosen_experts(logits.detach(), num_experts_per_tok) * mask).sum(dim=2) / (tokens * num_experts_per_tok)
+    probs = (logits.softmax(dim=-1) * mask).sum(dim=2) / tokens
+    balance = logits.shape[-1] * (load * probs).sum(dim=-1)
+    z = (logits.logsumexp(dim=-1, keepdim=True).square() * mask).sum(dim=(2, 3)) / tokens.squeeze(-1)
+    return balance.mean(), z.mean()
+
+
+def _task_balance_loss(task_logits: torch.Tensor, unlabelled: torch.Tensor) -> torch.Tensor:
+    """The same form over the tasks of the unlabelled volumes of the batch, 0 if there is none."""
+    count = unlabelled.sum().clamp(min=1)
+    chosen = (_chosen_experts(task_logits.detach(), 1) * unlabelled[:, None]).sum(dim=0) / count
+    probs = (task_logits.softmax(dim=-1) * unlabelled[:, None]).sum(dim=0) / count
+    return task_logits.shape[-1] * (chosen * probs).sum()
+
+
+def _sum_cells(grid: torch.Tensor, pool: list[int]) -> torch.Tensor:
+    """Sums `(V, S, rows, columns, D)` over cells of `pool`, the last ones of each axis padded with zeros."""
+    padding = [0, 0]
+    for length, step in zip(grid.shape[3:0:-1], pool[::-1]):
+        padding += [0, -length % step]
+    grid = nn.functional.pad(grid, padding)
+    for axis, step in zip((1, 3, 5), pool):
+        grid = grid.unflatten(axis, (-1, step))
+    return grid.sum(dim=(2, 4, 6))
+
+
+__all__ = [
+    "CTMoEForConditionalGeneration",
+    "CTMoEModel",
+    "CTMoEPreTrainedModel",
+    "CTMoEVisionModel",
+    "routing_statistics",
+]
