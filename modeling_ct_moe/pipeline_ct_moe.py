@@ -1,0 +1,234 @@
+# Copyright 2026 The CT-MoE authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""`pipeline("ct-report")`: scans in, structured reports or answers out."""
+
+import math
+import os
+import re
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+from transformers import GenerationConfig, Pipeline
+
+from .errors_ct_moe import ModelError, PromptError
+from .modeling_ct_moe import routing_statistics
+
+
+REPORT_PROMPT = "Write a radiology report of this CT scan with findings and impression."
+NOTICE = (
+    "Machine-made text, not a medical device: it can be wrong or leave things out. A radiologist must read the scan."
+)
+ROUTING_NOTICE = "Routing shows which experts were used. It is not evidence for what the text says."
+
+
+class CTReportPipeline(Pipeline):
+    """Reports and answers about CT scans.
+
+    ```python
+    >>> from transformers import pipeline
+
+    >>> reporter = pipeline("ct-report", model="path/or/hub-id", trust_remote_code=True)
+    >>> reporter("scan.nii.gz")["findings"]
+    >>> reporter("scan.nii.gz", question="Is there a pleural effusion?")["answer"]
+    ```
+
+    Call arguments:
+        scans: a path, a `Volume` or anything else `load_volume` takes gives one result; a list or tuple of scans gives
+            a list of results; a generator or other iterator gives a generator of results. A DICOM series that is a
+            list of files goes through `load_volume` first.
+        question (`str`, *optional*): a question about the scan; without one a report is written.
+        context (`str`, *optional*): indication, phase and the like; becomes part of the prompt.
+        task (`str`, *optional*): name of the task whose experts serve the request. By default a report is sent to the
+            task "report", if the model has one, and a question to the task that its text selects.
+        batch_size (`int`, *optional*, defaults to 1): scans that go through the model together.
+        return_routing (`bool`, *optional*, defaults to `False`): adds `routing` to the result.
+        streamer (`BaseStreamer`, *optional*): receives the text as it is generated; one scan at a time.
+        max_new_tokens, num_beams and every other generation parameter, also as `generate_kwargs`.
+
+    Returns a `dict` per scan: `scan` (the path as given, if it was one), `task`, `prompt`, `text`; `findings` and
+    `impression` of a report (`None` where the text has no such heading) or the `answer` to a question; `num_slices`,
+    `slab_mm` (`None` for display intensities), `warnings` of the reader, `model`, `revision`, `scope`, `notice`.
+    """
+
+    _load_processor = True
+    _load_image_processor = False
+    _load_feature_extractor = False
+    _load_tokenizer = False
+    _pipeline_calls_generate = True
+    _default_generation_config = GenerationConfig(max_new_tokens=512)
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        if self.model.config.model_type != "ct_moe":
+            raise ModelError(
+                self.model.config.name_or_path or "model",
+                f"a model of type {self.model.config.model_type!r}",
+                "The task ct-report needs a CT-MoE model: make one from a base with `ct-moe convert`",
+            )
+
+    def __call__(self, scans, **kwargs) -> dict[str, Any] | list[dict[str, Any]] | Iterator[dict[str, Any]]:
+        batch_size = kwargs.pop("batch_size", None) or self._batch_size or 1
+        if kwargs.get("streamer") is not None and batch_size > 1:
+            raise PromptError("streamer", f"cannot follow {batch_size} texts at once", "Use batch_size=1")
+        params = [
+            {**at_init, **at_call}
+            for at_init, at_call in zip(
+                (self._preprocess_params, self._forward_params, self._postprocess_params),
+                self._sanitize_parameters(**kwargs),
+            )
+        ]
+        if isinstance(scans, (list, tuple)):
+            return list(self._run_batches(scans, batch_size, params))
+        if isinstance(scans, Iterator):
+            return self._run_batches(scans, batch_size, params)
+        return self.run_single([scans], *params)[0]
+
+    def _run_batches(self, scans: Iterable, batch_size: int, params: list[dict]) -> Iterator[dict[str, Any]]:
+        # Batches are made by the processor: the library's default collation cannot pad volumes.
+        batch = []
+        for scan in scans:
+            batch.append(scan)
+            if len(batch) == batch_size:
+                yield from self.run_single(batch, *params)
+                batch = []
+        if batch:
+            yield from self.run_single(batch, *params)
+
+    def _sanitize_parameters(
+        self, question=None, context=None, task=None, return_routing=None, generate_kwargs=None, **kwargs
+    ):
+        generation = {**(generate_kwargs or {}), **kwargs}
+        known = {*vars(GenerationConfig()), "generation_config", "streamer", "logits_processor", "stopping_criteria"}
+        if unknown := sorted(set(generation) - known):
+            raise PromptError(
+                ", ".join(unknown),
+                "unknown argument",
+                "Use question, context, task, return_routing, batch_size or a parameter of generate",
+            )
+        for name, value in (("question", question), ("context", context)):
+            if value is not None and not value.strip():
+                raise PromptError(name, "holds only spaces", "Write something, or leave it out")
+        if generation.get("num_return_sequences", 1) != 1:
+            raise PromptError("num_return_sequences", "more than one text per scan", "Leave it at 1")
+        preprocess = {"question": question, "context": context, "task": task}
+        preprocess = {name: value for name, value in preprocess.items() if value is not None}
+        routing = {} if return_routing is None else {"return_routing": return_routing}
+        return preprocess, {**({"generate_kwargs": generation} if generation else {}), **routing}, {}
+
+    def preprocess(self, scans: list, question=None, context=None, task=None) -> dict[str, Any]:
+        prompt = question.strip() if question is not None else REPORT_PROMPT
+        if context is not None:
+            prompt = f"Clinical context: {context.strip()}\n{prompt}"
+        if task is None and question is None and "report" in self.processor.tasks:
+            task = "report"
+        volumes = self.processor.image_processor.fetch_images(scans)
+        conversations = [
+            [{"role": "user", "content": [{"type": "image", "image": volume}, {"type": "text", "text": prompt}]}]
+            for volume in volumes
+        ]
+        inputs = self.processor.apply_chat_template(
+            conversations,
+            add_generation_prompt=True,
+            tokenize=True,
+            return_dict=True,
+            return_tensors="pt",
+            processor_kwargs={"padding": True, "padding_side": "left", "task": task},
+        )
+        return {
+            "inputs": dict(inputs),
+            "prompt": prompt,
+            "is_report": question is None,
+            "scans": [str(scan) if isinstance(scan, (str, os.PathLike)) else None for scan in scans],
+            "warnings": [list(volume.meta.get("warnings", [])) for volume in volumes],
+        }
+
+    def _forward(self, model_inputs: dict[str, Any], generate_kwargs=None, return_routing=False) -> dict[str, Any]:
+        inputs = model_inputs.pop("inputs")
+        text = {name: inputs.pop(name) for name in ("input_ids", "attention_mask")}
+        # Encoded here and not inside generate, which keeps neither the task that was taken nor the routing.
+        features = self.model.get_image_features(**inputs, output_router_logits=return_routing, return_dict=True)
+        generate_kwargs = self._prepare_generate_kwargs(generate_kwargs or {}, return_dict_in_generate=False)
+        generated = self.model.generate(**text, mm_encoder_outputs={"image": features}, **generate_kwargs)
+        return {
+            **model_inputs,
+            "generated": generated[:, text["input_ids"].shape[1] :],
+            "num_slices": inputs["slice_mask"].sum(dim=1),
+            "volume_scale": inputs["volume_scale"],
+            "task_index": features.routing.task_index,
+            "routing": self._describe_routing(features.routing) if return_routing else None,
+        }
+
+    def postprocess(self, model_outputs: dict[str, Any]) -> list[dict[str, Any]]:
+        config = self.model.config
+        texts = self.processor.batch_decode(model_outputs["generated"], skip_special_tokens=True)
+        in_hu = self.processor.image_processor.intensity == "hu"
+        results = []
+        for row, text in enumerate(text.strip() for text in texts):
+            task_index = -1 if model_outputs["task_index"] is None else int(model_outputs["task_index"][row])
+            result = {
+                "scan": model_outputs["scans"][row],
+                "task": config.tasks[task_index] if task_index >= 0 else None,
+                "prompt": model_outputs["prompt"],
+                "text": text,
+                **(split_report(text) if model_outputs["is_report"] else {"answer": text}),
+                "num_slices": int(model_outputs["num_slices"][row]),
+                "slab_mm": round(5 * math.exp(float(model_outputs["volume_scale"][row, 1])), 3) if in_hu else None,
+                "warnings": model_outputs["warnings"][row],
+                "model": config.name_or_path,
+                "revision": getattr(config, "_commit_hash", None),
+                "scope": config.intended_scope,
+                "notice": NOTICE,
+            }
+            if model_outputs["routing"] is not None:
+                result["routing"] = model_outputs["routing"][row]
+            results.append(result)
+        return results
+
+    def _describe_routing(self, routing) -> list[dict[str, Any]]:
+        """Per volume: task probabilities, and per MoE layer the expert loads and router entropies (nats)."""
+        config = self.model.config
+        layers = routing_statistics(routing, config.vision_config)
+        probs = None if routing.task_logits is None else routing.task_logits.softmax(dim=-1).tolist()
+        return [
+            {
+                "task_probabilities": None if probs is None else dict(zip(config.tasks, probs[row])),
+                "layers": [
+                    {"layer": layer, **{name: value[row].tolist() for name, value in statistics.items()}}
+                    for layer, statistics in zip(config.vision_config.moe_layers, layers)
+                ],
+                "notice": ROUTING_NOTICE,
+            }
+            for row in range(routing.token_mask.shape[0])
+        ]
+
+
+_HEADING = re.compile(r"^[ \t#*]*(findings|impression|conclusion)[ \t*]*:[ \t*]*", re.IGNORECASE | re.MULTILINE)
+
+
+def split_report(text: str) -> dict[str, str | None]:
+    """`findings` and `impression` by their headings; without any heading all of the text is findings.
+
+    Text before the first heading counts as findings. "Conclusion" is another word for impression.
+    """
+    sections = {"findings": [], "impression": []}
+    name, start = "findings", 0
+    for heading in _HEADING.finditer(text):
+        sections[name].append(text[start : heading.start()].strip())
+        name = "findings" if heading[1].lower() == "findings" else "impression"
+        start = heading.end()
+    sections[name].append(text[start:].strip())
+    return {name: "\n".join(part for part in parts if part) or None for name, parts in sections.items()}
+
+
+__all__ = ["CTReportPipeline", "split_report"]

@@ -1,0 +1,198 @@
+# Copyright 2026 The CT-MoE authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Volumes and text to model inputs: placeholders expanded to the number of visual tokens, the prompt as guide."""
+
+from typing import Any
+
+import torch
+from transformers.feature_extraction_utils import BatchFeature
+from transformers.processing_utils import ProcessingKwargs, ProcessorMixin, Unpack
+from transformers.utils import auto_docstring
+
+from .configuration_ct_moe import num_pooled_cells
+from .errors_ct_moe import ModelError, PromptError
+
+
+UNLABELLED = -100
+
+
+@auto_docstring(custom_intro="To this processor a volume is an image: chat templates and `images=` take CT scans.")
+class CTMoEProcessor(ProcessorMixin):
+    _auto_class = "AutoProcessor"
+
+    def __init__(
+        self,
+        image_processor=None,
+        tokenizer=None,
+        chat_template=None,
+        image_token: str = "<image>",
+        pool: list[int] | tuple[int, ...] = (2, 2, 2),
+        tasks: list[str] | tuple[str, ...] = (),
+        **kwargs,
+    ):
+        r"""
+        image_token (`str`, *optional*, defaults to `"<image>"`):
+            The base's image placeholder, one token of its vocabulary.
+        pool (`list[int]`, *optional*, defaults to `(2, 2, 2)`):
+            As in [`CTMoEConfig`]: it decides how many placeholders a volume takes.
+        tasks (`list[str]`, *optional*):
+            As in [`CTMoEConfig`]: the names `task=` may take.
+        """
+        self.pool = list(pool)
+        self.tasks = list(tasks)
+        self.image_token = image_token
+        super().__init__(image_processor, tokenizer, chat_template=chat_template)
+        self.image_token_id = self.tokenizer.convert_tokens_to_ids(image_token)
+        if self.image_token_id is None or self.image_token_id == self.tokenizer.unk_token_id:
+            raise ModelError(
+                "image_token", f"{image_token!r} is not in the tokenizer's vocabulary", "Name the base's own"
+            )
+
+    @property
+    def model_input_names(self) -> list[str]:
+        return [*super().model_input_names, "guide_input_ids", "guide_attention_mask"]
+
+    @auto_docstring(custom_intro="Processes texts with their volumes; the keyword arguments are the library's.")
+    def __call__(
+        self,
+        images=None,
+        text: str | list[str] | None = None,
+        guide: str | list[str | None] | None = None,
+        task: str | list[str | None] | None = None,
+        **kwargs: Unpack[ProcessingKwargs],
+    ) -> BatchFeature:
+        r"""
+        images (`Volume`, `str`, `list`, *optional*):
+            Scans in the order of their placeholders, flat or one list per text, as for [`CTMoEImageProcessor`].
+        guide (`str` or `list[str]`, *optional*):
+            Per text the words that steer the routing; `None` for none. `apply_chat_template` takes the last user
+            message. Never the answer.
+        task (`str` or `list[str]`, *optional*):
+            Per text a name from `tasks` that decides the expert group; `None` leaves it to the guide.
+
+        Returns:
+            [`BatchFeature`] with the tokenizer's outputs and, for V volumes, those of [`CTMoEImageProcessor`],
+            **guide_input_ids** and **guide_attention_mask** of shape `(V, guide_length)` (a volume without guide has a
+            mask of zeros) and, if `task` is given, **task_ids** of shape `(V,)` (-100 for none).
+        """
+        if isinstance(text, str):
+            text = [text]
+        outputs = super().__call__(images=images, text=text, **kwargs)
+        if images is None or text is None:
+            return outputs
+        rows = [row for row, sample in enumerate(text) for _ in range(sample.count(self.image_token))]
+        routing = self._guide_inputs([_per_text("guide", guide, text)[row] for row in rows])
+        if task is not None:
+            routing["task_ids"] = torch.tensor([self._task_id(_per_text("task", task, text)[row]) for row in rows])
+        as_numpy = isinstance(outputs["pixel_values"], torch.Tensor) is False
+        return BatchFeature({**outputs, **{k: v.numpy() if as_numpy else v for k, v in routing.items()}})
+
+    def apply_chat_template(self, conversation, chat_template=None, processor_kwargs=None, **kwargs):
+        """As in the library, with scans as images. Unless given, the guide is the last user message's text."""
+        if kwargs.get("tokenize"):
+            conversations, _ = self._normalize_conversations(conversation)
+            guides = [last_user_text(messages, self.image_token) for messages in conversations]
+            processor_kwargs = {"guide": guides, **(processor_kwargs or {})}
+        return super().apply_chat_template(
+            conversation, chat_template=chat_template, processor_kwargs=processor_kwargs, **kwargs
+        )
+
+    def prepare_inputs_layout(self, images=None, text=None, videos=None, audio=None, **kwargs):
+        # Scans are not fetched here but by the image processor, which drops each one as soon as it is processed.
+        return images, None if text is None else list(text), None, None
+
+    def validate_inputs(self, images=None, text=None, videos=None, audio=None, **kwargs) -> None:
+        if images is None and text is None:
+            raise PromptError("processor", "neither images nor text", "Pass at least one of them")
+        if text is None:
+            return
+        if not all(isinstance(sample, str) for sample in text):
+            raise PromptError("text", f"a list of {type(text[0]).__name__}", "Pass a string, or a list of strings")
+        placeholders = [sample.count(self.image_token) for sample in text]
+        nested = isinstance(images, (list, tuple)) and any(isinstance(row, (list, tuple)) for row in images)
+        if nested:
+            volumes = [len(row) if isinstance(row, (list, tuple)) else 1 for row in images]
+            fits = volumes == placeholders
+        else:
+            volumes = [] if images is None else [len(images) if isinstance(images, (list, tuple)) else 1]
+            fits = sum(volumes) == sum(placeholders)
+        if not fits:
+            raise PromptError(
+                "prompt",
+                f"{sum(volumes)} scans {volumes} for {sum(placeholders)} placeholders {placeholders}",
+                f"Write {self.image_token} once per scan, in the order of the scans, or use the chat template",
+            )
+
+    def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs) -> str:
+        _, _, rows, columns = image_inputs["patch_mask"].shape
+        num_slices = int(image_inputs["slice_mask"][image_idx].sum())
+        return self.image_token * num_pooled_cells((num_slices, rows, columns), self.pool)
+
+    def _process_images(self, images, **kwargs) -> tuple[BatchFeature, list[str]]:
+        processed = self.image_processor(images, **kwargs)
+        count = len(processed["pixel_values"])
+        return processed, [self.replace_image_token(processed, index) for index in range(count)]
+
+    def _guide_inputs(self, guides: list[str | None]) -> dict[str, torch.Tensor]:
+        """Tokens of one guide per volume, right-padded; special tokens that a text spells out are dropped."""
+        special = set(self.tokenizer.all_special_ids) | {self.image_token_id}
+        rows = []
+        for guide in guides:
+            if guide is not None and not guide.strip():
+                raise PromptError("question", "holds only spaces", "Ask something, or leave it out")
+            ids = [] if guide is None else self.tokenizer(guide.strip(), add_special_tokens=False)["input_ids"]
+            rows.append(torch.tensor([token for token in ids if token not in special], dtype=torch.long))
+        length = max(1, *(len(row) for row in rows))
+        input_ids = torch.zeros(len(rows), length, dtype=torch.long)
+        attention_mask = torch.zeros_like(input_ids)
+        for index, row in enumerate(rows):
+            input_ids[index, : len(row)] = row
+            attention_mask[index, : len(row)] = 1
+        return {"guide_input_ids": input_ids, "guide_attention_mask": attention_mask}
+
+    def _task_id(self, task: str | None) -> int:
+        if task is None:
+            return UNLABELLED
+        if task not in self.tasks:
+            raise PromptError("task", f"{task!r} is unknown", f"Choose one of {', '.join(self.tasks) or 'none'}")
+        return self.tasks.index(task)
+
+
+def last_user_text(messages: list[dict[str, Any]], image_token: str) -> str | None:
+    """The guide of a conversation: text of the last user message without placeholders, `None` if it has no text.
+
+    Raises:
+        PromptError: that text holds only spaces.
+    """
+    content = next((message.get("content") for message in reversed(messages) if message["role"] == "user"), None)
+    if content is None:
+        return None
+    texts = [content] if isinstance(content, str) else [block["text"] for block in content if block["type"] == "text"]
+    if not texts:
+        return None
+    text = "\n".join(texts).replace(image_token, "").strip()
+    if not text:
+        raise PromptError("question", "holds only spaces", "Ask something, or leave it out")
+    return text
+
+
+def _per_text(name: str, values: str | list[str | None] | None, text: list[str]) -> list[str | None]:
+    if values is None or isinstance(values, str):
+        return [values] * len(text)
+    if len(values) != len(text):
+        raise PromptError(name, f"{len(values)} entries for {len(text)} texts", "Give one per text")
+    return list(values)
+
+
+__all__ = ["CTMoEProcessor", "last_user_text"]
