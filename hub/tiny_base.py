@@ -112,7 +112,7 @@ def build_tiny_base(
         model = LlavaForConditionalGeneration(config)
         _randomise_vectors(model)
     model.generation_config = GenerationConfig(
-        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id, max_new_tokens=256
+        eos_token_id=tokenizer.eos_token_id, pad_token_id=tokenizer.pad_token_id
     )
 
     size = config.vision_config.image_size

@@ -1,0 +1,227 @@
+# Copyright 2026 The CT-MoE authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The folder or Hub repository of a base: is it one that can be converted, and which tensors are in its files.
+
+- `open_base`: a folder or Hub id -> `Base`, refused by name if it is of an unsupported kind.
+- `read_index`: every tensor of its safetensors files, none of them read.
+- `read_image_settings`, `read_chat_template`: what its processor would add to its tokenizer.
+"""
+
+import json
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import huggingface_hub
+import torch
+from huggingface_hub.errors import HFValidationError, StrictDataclassError
+from huggingface_hub.utils import validate_repo_id
+from safetensors import SafetensorError, safe_open
+from transformers import LlavaConfig
+
+from ct_moe import ConversionError
+
+from .tensor_mapping import SUPPORTED, TEXT_TYPES, TOWERS
+
+
+_DTYPES = {
+    "F64": torch.float64,
+    "F32": torch.float32,
+    "F16": torch.float16,
+    "BF16": torch.bfloat16,
+    "I64": torch.int64,  # position_ids
+}
+
+
+class Base(NamedTuple):
+    """A base of a supported kind. `commit` is None for a folder."""
+
+    name: str
+    commit: str | None
+    folder: Path
+    config: LlavaConfig
+
+
+@dataclass(frozen=True)
+class TensorCount:
+    """How many tensors, how many numbers in them, how many bytes on disk."""
+
+    tensors: int = 0
+    parameters: int = 0
+    bytes: int = 0
+
+    def __add__(self, other: "TensorCount") -> "TensorCount":
+        return TensorCount(*(getattr(self, field.name) + getattr(other, field.name) for field in fields(self)))
+
+    def __str__(self) -> str:
+        return f"{self.tensors:>5} tensors  {self.parameters:>14,} parameters  {_size(self.bytes):>9}"
+
+
+class FileTensor(NamedTuple):
+    """A tensor of the base's files, not read yet."""
+
+    file: Path
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    count: TensorCount
+
+
+def open_base(base: str | Path, revision: str | None) -> Base:
+    """Find a folder, or download a Hub repository: its weights last, once its config is known to be supported."""
+    if Path(base).is_dir():
+        if revision is not None:
+            raise ConversionError(base, f"a folder has no revision {revision!r}", "Leave out the revision")
+        folder = Path(base)
+        return Base(folder.resolve().name, None, folder, _read_config(base, folder))
+
+    try:
+        validate_repo_id(str(base))
+    except HFValidationError as error:
+        raise ConversionError(base, "no such folder, and not a Hub id either", "Check the path") from error
+    patterns = ["*.json", "*.jinja", "tokenizer.model"]
+    folder = _download(base, revision, patterns)
+    config = _read_config(base, folder)
+    commit = folder.name  # a snapshot's folder is named by its commit
+    return Base(str(base), commit, _download(base, commit, [*patterns, "model*.safetensors"]), config)
+
+
+def _download(repo_id: str | Path, revision: str | None, patterns: list[str]) -> Path:
+    try:
+        return Path(huggingface_hub.snapshot_download(str(repo_id), revision=revision, allow_patterns=patterns))
+    except OSError as error:  # no network, no such repository or revision, no access: all of them, in this library
+        raise ConversionError(
+            repo_id,
+            f"no folder of that name, and the Hub did not give it: {' '.join(str(error).split())[:300].rstrip('.')}",
+            "Check the name, the revision and your access, or download it first and name the folder",
+        ) from error
+
+
+def _read_config(base: str | Path, folder: Path) -> LlavaConfig:
+    path = folder / "config.json"
+    if not path.is_file():
+        found = "adapter weights only" if (folder / "adapter_config.json").is_file() else "no config.json"
+        raise ConversionError(base, f"has {found}", "Name the folder of a whole model in the library's format")
+    raw = _read_json(path)
+    # Looked up before the library reads them: it knows no more than the name of a model type it does not have.
+    kinds = {
+        "model_type": (raw.get("model_type"), ["llava"]),
+        "vision tower": (raw.get("vision_config", {}).get("model_type", "clip_vision_model"), list(TOWERS)),
+        "language model": (raw.get("text_config", {}).get("model_type", "llama"), TEXT_TYPES),
+        "vision_feature_select_strategy": (raw.get("vision_feature_select_strategy", "default"), ["default"]),
+    }
+    for name, (found, supported) in kinds.items():
+        if found not in supported:
+            raise ConversionError(base, f"{name} {found!r} is not supported", f"Supported: {SUPPORTED}")
+    feature_layer = raw.get("vision_feature_layer", -2)
+    if type(feature_layer) is not int:
+        raise ConversionError(
+            base, f"vision_feature_layer {feature_layer} is not supported", f"Supported: {SUPPORTED}"
+        )
+    if "quantization_config" in raw:
+        raise ConversionError(base, "quantised weights are not supported", "Name the unquantised model")
+    try:
+        config = LlavaConfig.from_pretrained(folder)
+    except (StrictDataclassError, ValueError, TypeError, KeyError) as error:
+        raise ConversionError(path, f"not a LLaVA config: {error}", "Download the base again") from error
+    vocab_size = config.text_config.vocab_size
+    if not 0 <= config.image_token_id < vocab_size:
+        raise ConversionError(
+            path,
+            f"image_token_index {config.image_token_id} is outside of the vocabulary of {vocab_size}",
+            "Name a base whose embeddings include its image token",
+        )
+    return config
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConversionError(path, f"not JSON: {error}", "Download the base again") from error
+    if not isinstance(content, dict):
+        raise ConversionError(path, "not a JSON object", "Download the base again")
+    return content
+
+
+def read_index(folder: Path) -> dict[str, FileTensor]:
+    """Every tensor of the base's safetensors files by its name, without reading one."""
+    index = folder / "model.safetensors.index.json"
+    if (folder / "model.safetensors").is_file():
+        files, listed = [folder / "model.safetensors"], None
+    elif index.is_file():
+        listed = _read_json(index).get("weight_map", {})
+        files = [folder / name for name in sorted(set(listed.values()))]
+    else:
+        pickled = sorted(path.name for path in folder.glob("*.bin"))
+        raise ConversionError(
+            folder,
+            f"no model.safetensors and no model.safetensors.index.json{', but ' * bool(pickled)}{', '.join(pickled)}",
+            "Only safetensors are read: load such weights with transformers where you trust them and save them again"
+            if pickled
+            else "Download the weights too",
+        )
+
+    tensors = {}
+    for file in files:
+        if not file.is_file():
+            raise ConversionError(file, f"listed in {index.name} and missing", "Download the weights again")
+        try:
+            with safe_open(file, "pt") as weights:
+                for key in weights.keys():
+                    part = weights.get_slice(key)
+                    shape, dtype = tuple(part.get_shape()), _DTYPES.get(part.get_dtype())
+                    if dtype is None:
+                        raise ConversionError(
+                            key, f"{part.get_dtype()} numbers in {file.name}", "Name an unquantised model"
+                        )
+                    parameters = torch.Size(shape).numel()
+                    tensors[key] = FileTensor(
+                        file, shape, dtype, TensorCount(1, parameters, parameters * dtype.itemsize)
+                    )
+        except SafetensorError as error:
+            raise ConversionError(file, f"not a safetensors file: {error}", "Download the weights again") from error
+    for key in [] if listed is None else sorted(listed.keys() ^ tensors.keys()):
+        where = index.name if key in listed else "the files"
+        raise ConversionError(key, f"named only in {where} of {folder.name}", "Download the weights again")
+    return tensors
+
+
+def read_image_settings(source: Base) -> dict[str, Any]:
+    """The base's image processor config, from whichever of its two places it has."""
+    for path in (source.folder / "preprocessor_config.json", source.folder / "processor_config.json"):
+        settings = _read_json(path) if path.is_file() else {}
+        settings = settings.get("image_processor", settings)
+        if "image_mean" in settings and "image_std" in settings:
+            return settings
+    raise ConversionError(
+        source.name,
+        "neither preprocessor_config.json nor processor_config.json gives image_mean and image_std",
+        "Add the base's preprocessor_config.json: pixel values would have the wrong scale without it",
+    )
+
+
+def read_chat_template(source: Base) -> str | None:
+    """The chat template of an older processor, which the tokenizer does not load; newer ones write a .jinja file."""
+    path = source.folder / "chat_template.json"
+    if path.is_file() and not (source.folder / "chat_template.jinja").is_file():
+        return _read_json(path).get("chat_template")
+    return None
+
+
+def _size(number: float) -> str:
+    for unit in ("B", "kB", "MB"):
+        if number < 1000:
+            return f"{number:.3g} {unit}"
+        number /= 1000
+    return f"{number:.3g} GB"

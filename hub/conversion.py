@@ -1,0 +1,428 @@
+# Copyright 2026 The CT-MoE authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""A 2D multimodal base becomes a CT-MoE model: every tensor accounted for, equality measured on the spot.
+
+- `convert_base`: a folder or Hub id of a LLaVA-style base -> a folder that every Auto class loads.
+- `ConversionReport`: what was reused, what the base itself never reads, what was added, and the measured parity.
+
+Which bases: `tensor_mapping.SUPPORTED`.
+
+Nothing is unpickled (weights are safetensors only), and weights stay memory-mapped files until they are written.
+"""
+
+import json
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, fields
+from functools import reduce
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import transformers
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import safe_open
+from tqdm.auto import tqdm
+from transformers import AutoTokenizer, GenerationConfig, LlavaConfig, LlavaForConditionalGeneration, PreTrainedConfig
+from transformers.utils import logging
+
+import ct_moe
+from ct_moe import (
+    ConversionError,
+    CTMoEConfig,
+    CTMoEForConditionalGeneration,
+    CTMoEImageProcessor,
+    CTMoEProcessor,
+    CTMoEVisionConfig,
+)
+
+from .base_model import Base, FileTensor, TensorCount, open_base, read_chat_template, read_image_settings, read_index
+from .chat_template import fit_chat_template
+from .folder import new_folder, write_folder
+from .tensor_mapping import TOWERS, TensorPlan, plan_tensors
+
+
+PARITY_LIMIT = 1e-5  # largest absolute difference of two float32 logits, design section 2.2
+_SEED = 0  # of the added parameters: converting twice gives identical files
+
+
+@dataclass(frozen=True)
+class Parity:
+    """Agreement with the base's own class on one slice in float32, design section 2.2."""
+
+    max_abs_difference: float
+    max_abs_logit: float
+    num_logits: int
+    limit: float = PARITY_LIMIT
+
+
+@dataclass(frozen=True)
+class ConversionReport:
+    """What became of a base, counted by the keys of its files.
+
+    Attributes:
+        base: Hub id, or name of the folder.
+        revision: commit of the Hub repository, None for a folder.
+        kind: model types of the base, its vision tower and its language model.
+        dtype: dtype of the converted weights.
+        reused: tensors of the base that are tensors of the converted model.
+        unread: tensors of the base that its own forward never reads.
+        unread_names: each of them with the reason.
+        added: parameters the base does not have.
+        added_names: their names, by the part of the model they belong to.
+        chat_template: what had to be done to the base's chat template.
+        parity: None when it was not measured.
+        versions: of the packages that did the work.
+    """
+
+    base: str
+    revision: str | None
+    kind: dict[str, str]
+    dtype: str
+    reused: TensorCount
+    unread: TensorCount
+    unread_names: dict[str, str]
+    added: TensorCount
+    added_names: dict[str, list[str]]
+    chat_template: str
+    parity: Parity | None
+    versions: dict[str, str]
+
+    def to_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "parity": asdict(self.parity) if self.parity else "not measured"}
+
+    def to_json(self) -> str:
+        return json.dumps(self.to_dict(), indent=2) + "\n"
+
+    def __str__(self) -> str:
+        revision = f" at {self.revision}" if self.revision else ""
+        reasons = Counter(self.unread_names.values())
+        lines = [
+            f"Converted {self.base}{revision} ({' + '.join(self.kind.values())}), {self.dtype}",
+            f"  reused {self.reused}",
+            f"  unread {self.unread}",
+            *(f"    {count:>3} {reason}" for reason, count in reasons.items()),
+            f"  added  {self.added}",
+            *(f"    {len(names):>3} {group}" for group, names in self.added_names.items()),
+            f"  chat template: {self.chat_template}",
+        ]
+        if self.parity is None:
+            lines.append("  parity with the base: not measured")
+        else:
+            lines.append(
+                f"  parity with the base: largest logit difference {self.parity.max_abs_difference:.2g} in float32 "
+                f"(limit {self.parity.limit:g}, {self.parity.num_logits:,} logits up to "
+                f"{self.parity.max_abs_logit:.3g})"
+            )
+        lines.append("  " + ", ".join(f"{name} {version}" for name, version in self.versions.items()))
+        return "\n".join(lines)
+
+
+def convert_base(
+    base: str | Path,
+    out: str | Path,
+    *,
+    revision: str | None = None,
+    dtype: torch.dtype | str | None = None,
+    parity: bool = True,
+    progress: bool = True,
+    chat_template: str | None = None,
+    **ct_moe_overrides,
+) -> ConversionReport:
+    """Convert a 2D multimodal base into a CT-MoE model, and leave nothing behind on any error.
+
+    Args:
+        base: folder or Hub id of a base. Of a Hub repository only configs, tokenizer and safetensors are downloaded,
+            and no weights before the configs are known to be supported; `HF_HUB_OFFLINE=1` uses the cache alone.
+        out: folder to create; it must not exist or be empty.
+        revision: branch, tag or commit of a Hub repository.
+        dtype: dtype of the converted weights, a `torch.dtype` or its name; by default the base's own.
+        parity: measure that the converted model returns the base's logits (design section 2.2). Loads both in float32,
+            one after the other.
+        progress: show progress on stderr.
+        chat_template: Jinja template in place of the base's own.
+        **ct_moe_overrides: fields of `CTMoEConfig` and `CTMoEVisionConfig` that the base does not determine, such as
+            `tasks`, `pool`, `num_experts` or `volume_layers`.
+
+    Returns:
+        The report, also written as `conversion_report.json`.
+
+    Raises:
+        ConversionError: the base is missing, incomplete or not supported, a tensor fits nowhere or is not filled, or
+            the converted model's logits differ from the base's by more than 1e-5.
+        ModelError: `out` holds something, or an override is out of range.
+    """
+    dtype = _as_dtype(dtype)
+    with new_folder(out) as folder, _progress(progress) as step:
+        step("reading the base")
+        source = open_base(base, revision)
+        config = _make_config(source.config, ct_moe_overrides)
+        processor, template_note = _make_processor(source, config, chat_template)
+
+        step("mapping tensors")
+        tensors = read_index(source.folder)
+        plan = plan_tensors({key: tensor.shape for key, tensor in tensors.items()}, config, source.config)
+        dtype = dtype or reduce(torch.promote_types, {tensors[key].dtype for key in plan.reused})
+        _check_tied(plan, tensors)
+        model = _build_model(plan, tensors, config, dtype)
+        model.generation_config = _generation_config(source)
+
+        step("writing the model")
+        write_folder(model, processor, folder)
+        added = {name: _count(model.get_parameter(name)) for names in plan.added.values() for name in names}
+        del model
+
+        measured = None
+        if parity:
+            step("running the base")
+            inputs = _parity_inputs(config)
+            expected = _run_base(source.folder, dtype, inputs)
+            step("running the converted model")
+            measured = _compare(_run_converted(folder, inputs), expected)
+
+        report = ConversionReport(
+            base=source.name,
+            revision=source.commit,
+            kind={
+                "model": source.config.model_type,
+                "vision": source.config.vision_config.model_type,
+                "text": source.config.text_config.model_type,
+            },
+            dtype=str(dtype).removeprefix("torch."),
+            reused=_total(tensors[key].count for key in plan.reused),
+            unread=_total(tensors[key].count for key in plan.unread),
+            unread_names=plan.unread,
+            added=_total(added.values()),
+            added_names=plan.added,
+            chat_template=template_note,
+            parity=measured,
+            versions={
+                "transformers": transformers.__version__,
+                "torch": torch.__version__,
+                "ct_moe": ct_moe.__version__,
+            },
+        )
+        (folder / "conversion_report.json").write_text(report.to_json(), encoding="utf-8")
+    return report
+
+
+def _make_config(base: LlavaConfig, overrides: dict[str, Any]) -> CTMoEConfig:
+    tower = TOWERS[base.vision_config.model_type]
+    vision = {name: getattr(base.vision_config, name) for name in tower.fields} | tower.constants
+    vision["feature_layer"] = base.vision_feature_layer
+    top = {
+        "text_config": base.text_config,
+        "image_token_id": base.image_token_id,
+        "projector_hidden_act": base.projector_hidden_act,
+        "multimodal_projector_bias": base.multimodal_projector_bias,
+        "tie_word_embeddings": base.tie_word_embeddings,
+    }
+    general = {field.name for field in fields(PreTrainedConfig)}
+    free_vision = {field.name for field in fields(CTMoEVisionConfig)} - general - vision.keys() - {"num_tasks"}
+    free_top = {field.name for field in fields(CTMoEConfig)} - general - top.keys() - {"vision_config"}
+    free_top -= {"format_version"}
+    for name, value in overrides.items():
+        if name not in free_vision | free_top:
+            raise ConversionError(
+                name,
+                "not a field that a conversion can set",
+                f"Set one of {', '.join(sorted(free_vision | free_top))}; all others come from the base",
+            )
+        (vision if name in free_vision else top)[name] = value
+    try:
+        return CTMoEConfig(vision_config=CTMoEVisionConfig(**vision), **top)
+    except StrictDataclassError as error:
+        raise ConversionError(
+            "the configuration", " ".join(str(error).split()).rstrip("."), "Give the field a value of its type"
+        ) from error
+
+
+def _make_processor(source: Base, config: CTMoEConfig, chat_template: str | None) -> tuple[CTMoEProcessor, str]:
+    """The processor, and what was done to the base's chat template."""
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(source.folder)
+    except (OSError, ValueError) as error:
+        raise ConversionError(
+            source.name, f"no tokenizer that loads: {error}", "Add the base's tokenizer.json"
+        ) from error
+    image_token = tokenizer.convert_ids_to_tokens(config.image_token_id)
+    if image_token is None or tokenizer.encode(image_token, add_special_tokens=False) != [config.image_token_id]:
+        raise ConversionError(
+            source.name,
+            f"image_token_index {config.image_token_id} of config.json is {image_token!r} in the tokenizer, which "
+            "does not read it as one token",
+            "Config and tokenizer do not belong together: download the base again",
+        )
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token  # batches need one; padding is masked, whichever token it is
+    template = chat_template or read_chat_template(source) or tokenizer.chat_template
+    template, change = fit_chat_template(template, tokenizer, image_token)
+    note = f"{'the caller' if chat_template else 'the base'}'s own{change}"
+    image_settings = read_image_settings(source)
+    size = config.vision_config.image_size
+    image_processor = CTMoEImageProcessor(
+        size={"height": size, "width": size},
+        patch_size=config.vision_config.patch_size,
+        image_mean=image_settings["image_mean"],
+        image_std=image_settings["image_std"],
+    )
+    processor = CTMoEProcessor(
+        image_processor=image_processor,
+        tokenizer=tokenizer,
+        chat_template=template,
+        image_token=image_token,
+        pool=config.pool,
+        tasks=config.tasks,
+    )
+    return processor, note
+
+
+def _check_tied(plan: TensorPlan, tensors: dict[str, FileTensor]) -> None:
+    """Files of a tied base may hold its head as well, but only as a copy of the input embeddings."""
+    pair = [key for key in tensors if key in plan.unread and key.endswith("lm_head.weight")]
+    pair += [key for key, target in plan.reused.items() if target == "model.language_model.embed_tokens.weight"]
+    if len(pair) < 2:
+        return
+    weights = []
+    for key in pair:
+        with safe_open(tensors[key].file, "pt") as file:
+            weights.append(file.get_tensor(key))
+    if not torch.equal(*weights):
+        raise ConversionError(
+            pair[0],
+            "differs from the input embeddings, to which config.json ties it",
+            "Correct tie_word_embeddings in the base's config.json",
+        )
+
+
+def _build_model(
+    plan: TensorPlan, tensors: dict[str, FileTensor], config: CTMoEConfig, dtype: torch.dtype
+) -> CTMoEForConditionalGeneration:
+    """The model with the base's tensors, still memory-mapped unless the dtype changes, and its added parameters."""
+    state_dict = {}
+    for file in sorted({tensors[key].file for key in plan.reused}):
+        with safe_open(file, "pt") as weights:
+            for key in weights.keys():
+                if key in plan.reused:
+                    state_dict[plan.reused[key]] = weights.get_tensor(key)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(_SEED)
+        return CTMoEForConditionalGeneration.from_pretrained(None, config=config, state_dict=state_dict, dtype=dtype)
+
+
+def _generation_config(source: Base) -> GenerationConfig:
+    path = source.folder / "generation_config.json"
+    if not path.is_file():
+        return GenerationConfig.from_model_config(source.config.text_config)
+    config = GenerationConfig.from_pretrained(source.folder)
+    try:
+        config.validate(strict=True)  # the library loads an invalid one, and refuses to save it
+    except ValueError as error:
+        raise ConversionError(
+            path, " ".join(str(error).split()).rstrip("."), "Correct it in a copy of the base"
+        ) from error
+    return config
+
+
+class _ParityInputs(NamedTuple):
+    input_ids: torch.Tensor
+    pixel_values: torch.Tensor
+    guide_input_ids: torch.Tensor
+    patch_mask: torch.Tensor
+
+
+def _parity_inputs(config: CTMoEConfig) -> _ParityInputs:
+    """One random slice in a random prompt. The guide and the mask drive the added parts, which must add nothing."""
+    generator = torch.Generator().manual_seed(_SEED)
+    vision = config.vision_config
+
+    def tokens(number: int) -> torch.Tensor:
+        ids = torch.randint(config.text_config.vocab_size - 1, (1, number), generator=generator)
+        return ids + (ids >= config.image_token_id)  # every token but the placeholder
+
+    placeholders = torch.full((1, vision.grid_size**2), config.image_token_id)
+    return _ParityInputs(
+        input_ids=torch.cat([tokens(5), placeholders, tokens(11)], dim=1),
+        pixel_values=torch.randn(1, vision.num_channels, vision.image_size, vision.image_size, generator=generator),
+        guide_input_ids=tokens(7),
+        patch_mask=torch.rand(1, 1, vision.grid_size, vision.grid_size, generator=generator) > 0.25,
+    )
+
+
+@torch.no_grad()
+def _run_base(folder: Path, dtype: torch.dtype, inputs: _ParityInputs) -> torch.Tensor:
+    # Rounded to the dtype of the converted weights first: what is compared is what is computed with equal weights.
+    model = LlavaForConditionalGeneration.from_pretrained(folder, dtype=dtype).float()
+    return model(input_ids=inputs.input_ids, pixel_values=inputs.pixel_values).logits
+
+
+@torch.no_grad()
+def _run_converted(folder: Path, inputs: _ParityInputs) -> torch.Tensor:
+    model = CTMoEForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
+    model.config.pool = [1, 1, 1]
+    model.config.slice_scoring = "none"
+    return model(
+        input_ids=inputs.input_ids,
+        pixel_values=inputs.pixel_values.unsqueeze(1),
+        patch_mask=inputs.patch_mask,
+        volume_scale=torch.tensor([[-0.3, 0.7]]),
+        guide_input_ids=inputs.guide_input_ids,
+    ).logits
+
+
+def _compare(logits: torch.Tensor, expected: torch.Tensor) -> Parity:
+    difference = (logits - expected).abs().max().item()
+    if not difference <= PARITY_LIMIT:  # so that NaN is refused as well
+        raise ConversionError(
+            "parity",
+            f"logits differ from the base's by {difference:.3g} in float32, more than {PARITY_LIMIT:g}",
+            "Report it with the name of the base: a conversion must not change what the base computes",
+        )
+    return Parity(difference, expected.abs().max().item(), expected.numel())
+
+
+def _count(parameter: torch.Tensor) -> TensorCount:
+    return TensorCount(1, parameter.numel(), parameter.nbytes)
+
+
+def _total(counts) -> TensorCount:
+    return sum(counts, start=TensorCount())
+
+
+def _as_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
+    if isinstance(dtype, str):
+        dtype = getattr(torch, dtype, dtype)
+    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
+        raise ConversionError(
+            "dtype", f"{dtype!r} is no floating point type", 'Use "float32", "bfloat16" or "float16"'
+        )
+    return dtype
+
+
+@contextmanager
+def _progress(show: bool) -> Iterator[Callable[[str], None]]:
+    """Yield a function that names the step that begins; the library's own bars show inside it, its advice does not."""
+    verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
+    logging.set_verbosity_error()  # loading without the added parameters would list every one of them
+    if not show:
+        logging.disable_progress_bar()
+    bar = tqdm(disable=not show, bar_format="{desc} [{elapsed}]")
+    try:
+        yield bar.set_description_str
+    finally:
+        bar.close()
+        logging.set_verbosity(verbosity)
+        if bars:
+            logging.enable_progress_bar()
