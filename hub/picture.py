@@ -20,7 +20,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-from ct_moe import CTMoEImageProcessor, VolumeError
+from ct_moe.errors_ct_moe import VolumeError
+from ct_moe.image_processing_ct_moe import CTMoEImageProcessor
 
 
 MIN_TILE, GAP, MARGIN = 224, 2, 8  # pixels

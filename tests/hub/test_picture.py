@@ -17,8 +17,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from ct_moe import CTMoEImageProcessor, Volume, VolumeError
+from ct_moe.errors_ct_moe import VolumeError
 from ct_moe.hub.picture import GAP, MARGIN, MIN_TILE, draw_slices
+from ct_moe.image_processing_ct_moe import CTMoEImageProcessor
+from ct_moe.volume_ct_moe import Volume
 
 
 def a_volume(**kwargs) -> Volume:

@@ -27,8 +27,9 @@ from hypothesis import strategies as st
 from nibabel.orientations import axcodes2ornt, io_orientation, ornt_transform
 from torch.nn import functional as F
 
-from ct_moe import CTMoEImageProcessor, ModelError, Volume, VolumeError, load_volume
-from ct_moe.image_processing_ct_moe import WINDOW_PRESETS
+from ct_moe.errors_ct_moe import ModelError, VolumeError
+from ct_moe.image_processing_ct_moe import WINDOW_PRESETS, CTMoEImageProcessor
+from ct_moe.volume_io_ct_moe import Volume, load_volume
 
 
 SMALL = {"size": 28, "patch_size": 14}
