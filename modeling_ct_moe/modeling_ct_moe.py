@@ -646,8 +646,8 @@ class CTMoEVisionModel(CTMoEPreTrainedModel):
     ) -> CTMoEVisionOutput:
         first_moe_layer = min(self.config.moe_layers, default=self.config.num_read_layers)
         if prefix_hidden_states is None:
+            self._check_pixel_values(pixel_values)
             num_volumes, num_slices = pixel_values.shape[:2]
-            self._check_pixel_values(pixel_values, slice_positions)
             if volume_scale is None:
                 volume_scale = pixel_values.new_zeros(num_volumes, 2)
             hidden_states = self.pre_layernorm(self.embeddings(pixel_values, volume_scale))
@@ -661,6 +661,12 @@ class CTMoEVisionModel(CTMoEPreTrainedModel):
         if slice_mask is None:
             slice_mask = torch.ones(num_volumes, num_slices, dtype=torch.bool, device=device)
         if slice_positions is None:
+            if num_slices > 1:
+                raise ModelError(
+                    "slice_positions",
+                    f"missing for volumes of {num_slices} slices",
+                    "Pass what the processor returned: the model places slices by millimetres, not by number",
+                )
             slice_positions = torch.zeros(num_volumes, num_slices, dtype=torch.int32, device=device)
 
         attention_mask = create_bidirectional_mask(
@@ -696,7 +702,7 @@ class CTMoEVisionModel(CTMoEPreTrainedModel):
             prefix_hidden_states=prefix.view(slice_shape) if output_prefix_hidden_states else None,
         )
 
-    def _check_pixel_values(self, pixel_values: torch.Tensor, slice_positions: torch.Tensor | None) -> None:
+    def _check_pixel_values(self, pixel_values: torch.Tensor) -> None:
         size = self.config.image_size
         expected = (self.config.num_channels, size, size)
         if pixel_values.ndim != 5 or tuple(pixel_values.shape[2:]) != expected:
@@ -704,12 +710,6 @@ class CTMoEVisionModel(CTMoEPreTrainedModel):
                 "pixel_values",
                 f"shape {tuple(pixel_values.shape)}, expected (volumes, slices, {', '.join(map(str, expected))})",
                 "Make them with the model's own processor",
-            )
-        if slice_positions is None and pixel_values.shape[1] > 1:
-            raise ModelError(
-                "slice_positions",
-                f"missing for volumes of {pixel_values.shape[1]} slices",
-                "Pass what the processor returned: the model places slices by millimetres, not by number",
             )
 
     def _prepare_routing(
@@ -786,14 +786,15 @@ class CTMoEModel(CTMoEPreTrainedModel):
         output_router_logits: bool = False,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple | CTMoEImageFeatures:
-        guide, has_guide = self._encode_guide(guide_input_ids, guide_attention_mask)
-        num_volumes = (pixel_values if prefix_hidden_states is None else prefix_hidden_states).shape[0]
-        if guide is not None and guide.shape[0] != num_volumes:
+        if (pixel_values is None) == (prefix_hidden_states is None):
             raise ModelError(
-                "guide_input_ids",
-                f"{guide.shape[0]} rows for {num_volumes} volumes",
-                "Give one row per volume: a prompt with two volumes has its guide twice",
+                "pixel_values", "both or neither of pixel_values and prefix_hidden_states were given", "Give one"
             )
+        inputs = pixel_values if prefix_hidden_states is None else prefix_hidden_states
+        self._check_rows(inputs.shape[0], guide_input_ids, task_ids)
+        if task_ids is None:
+            task_ids = torch.full((inputs.shape[0],), -100, device=inputs.device)
+        guide, has_guide = self._encode_guide(guide_input_ids, guide_attention_mask)
         task_logits, task_index, task_gate = self._choose_task(guide, has_guide, task_ids)
         outputs = self.vision_tower(
             pixel_values=pixel_values,
@@ -827,6 +828,26 @@ class CTMoEModel(CTMoEPreTrainedModel):
             ),
         )
 
+    def _check_rows(
+        self, num_volumes: int, guide_input_ids: torch.Tensor | None, task_ids: torch.Tensor | None
+    ) -> None:
+        for name, rows in (("guide_input_ids", guide_input_ids), ("task_ids", task_ids)):
+            if rows is not None and rows.shape[0] != num_volumes:
+                raise ModelError(
+                    name,
+                    f"{rows.shape[0]} rows for {num_volumes} volumes",
+                    "Give one row per volume: a prompt with two volumes has its guide and its task twice",
+                )
+        # CODEPATH: a model without task groups needs no labels and ignores them.
+        if self.task_router is None or task_ids is None or task_ids.numel() == 0:
+            return
+        if int(task_ids.max()) >= len(self.config.tasks):
+            raise ModelError(
+                "task_ids",
+                f"{int(task_ids.max())} names no task of {self.config.tasks}",
+                "Give indices into the tasks of the config, or -100 to let the text choose",
+            )
+
     def _encode_guide(
         self, guide_input_ids: torch.Tensor | None, guide_attention_mask: torch.Tensor | None
     ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
@@ -839,7 +860,7 @@ class CTMoEModel(CTMoEPreTrainedModel):
         return self.guide_encoder(embeds, guide_attention_mask), guide_attention_mask.bool().any(dim=-1)
 
     def _choose_task(
-        self, guide: torch.Tensor | None, has_guide: torch.Tensor | None, task_ids: torch.Tensor | None
+        self, guide: torch.Tensor | None, has_guide: torch.Tensor | None, task_ids: torch.Tensor
     ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
         """Task logits `(V, num_tasks)`, the group of each volume `(V,)` and its straight-through factor `(V,)`.
 
@@ -848,14 +869,12 @@ class CTMoEModel(CTMoEPreTrainedModel):
         if self.task_router is None:
             return None, None, None
         if guide is None:
-            return None, None if task_ids is None else task_ids.clamp(min=-1), None
+            return None, task_ids.clamp(min=-1), None
         with torch.autocast(guide.device.type, enabled=False):
             logits = nn.functional.linear(guide, self.task_router.weight.float(), self.task_router.bias.float())
         probs = logits.softmax(dim=-1)
-        index = probs.argmax(dim=-1).masked_fill(~has_guide, -1)
-        forced = torch.zeros_like(has_guide) if task_ids is None else task_ids >= 0
-        if task_ids is not None:
-            index = torch.where(forced, task_ids, index)
+        forced = task_ids >= 0
+        index = torch.where(forced, task_ids, probs.argmax(dim=-1).masked_fill(~has_guide, -1))
         chosen = probs.gather(1, index.clamp(min=0).unsqueeze(1)).squeeze(1)
         gate = torch.where(forced, torch.ones_like(chosen), 1 + chosen - chosen.detach())
         return logits, index, gate
@@ -866,7 +885,7 @@ class CTMoEModel(CTMoEPreTrainedModel):
         task_logits: torch.Tensor | None,
         task_index: torch.Tensor | None,
         has_guide: torch.Tensor | None,
-        task_ids: torch.Tensor | None,
+        task_ids: torch.Tensor,
     ) -> dict[str, torch.Tensor]:
         """The three losses of design section 2.3, each per volume over routed tokens and averaged over volumes."""
         vision_config = self.config.vision_config
@@ -875,17 +894,16 @@ class CTMoEModel(CTMoEPreTrainedModel):
         if outputs.router_logits is not None:
             groups = split_router_logits(torch.stack(outputs.router_logits), vision_config)
             for name, logits in groups.items():
-                in_group = torch.ones_like(outputs.token_mask[:, 0]) if name == "shared" else task_index >= 0
-                balance, z = _token_router_losses(
-                    logits, outputs.token_mask & in_group[:, None], vision_config.num_experts_per_tok
-                )
+                token_mask = _tokens_of_group(name, outputs.token_mask, task_index)
+                balance, z = _token_router_losses(logits, token_mask, vision_config.num_experts_per_tok)
                 balance_loss, z_loss = balance_loss + balance, z_loss + z
         if task_logits is not None:
-            labelled = torch.zeros_like(has_guide) if task_ids is None else (task_ids >= 0) & has_guide
-            if task_ids is not None:
-                cross_entropy = nn.functional.cross_entropy(task_logits, task_ids.clamp(min=0), reduction="none")
-                task_loss = (cross_entropy * labelled).mean()
-            balance_loss = balance_loss + _task_balance_loss(task_logits, has_guide & ~labelled)
+            labelled = task_ids >= 0
+            cross_entropy = nn.functional.cross_entropy(task_logits, task_ids.clamp(min=0), reduction="none")
+            task_loss = (cross_entropy * (has_guide & labelled)).mean()
+            # E * sum f_e P_e of a volume that went to one of the groups: f is 1 for that one.
+            top_probs = task_logits.softmax(dim=-1).amax(dim=-1)
+            balance_loss = balance_loss + (task_logits.shape[-1] * top_probs * (has_guide & ~labelled)).mean()
         aux_loss = (
             self.config.router_balance_coef * balance_loss
             + self.config.router_z_coef * z_loss
@@ -1091,20 +1109,25 @@ def split_router_logits(logits: torch.Tensor, config: CTMoEVisionConfig) -> dict
 def routing_statistics(routing: CTMoERoutingOutput, config: CTMoEVisionConfig) -> list[dict[str, torch.Tensor]]:
     """Per MoE layer and group: expert load `(V, E)` and router entropy in nats `(V,)`, over the routed tokens.
 
-    `routing` must come from a call with `output_router_logits=True`.
+    A volume without a task group has zeros for it. `routing` must come from a call with `output_router_logits=True`.
     """
     statistics = []
-    mask = routing.token_mask.unsqueeze(-1)
-    tokens = mask.sum(dim=1).clamp(min=1)
     for layer_logits in routing.router_logits or ():
         layer = {}
         for name, logits in split_router_logits(layer_logits, config).items():
+            mask = _tokens_of_group(name, routing.token_mask, routing.task_index).unsqueeze(-1)
+            tokens = mask.sum(dim=1).clamp(min=1)
             probs = logits.softmax(dim=-1)
             chosen = _chosen_experts(logits, config.num_experts_per_tok)
             layer[f"{name}_load"] = (chosen * mask).sum(dim=1) / (tokens * config.num_experts_per_tok)
             layer[f"{name}_entropy"] = (torch.special.entr(probs) * mask).sum(dim=(1, 2)) / tokens.squeeze(-1)
         statistics.append(layer)
     return statistics
+
+
+def _tokens_of_group(name: str, token_mask: torch.Tensor, task_index: torch.Tensor | None) -> torch.Tensor:
+    """`token_mask` without the tokens of volumes that took part in no task group."""
+    return token_mask if name == "shared" else token_mask & (task_index >= 0)[:, None]
 
 
 def _chosen_experts(logits: torch.Tensor, num_experts_per_tok: int) -> torch.Tensor:
@@ -1124,14 +1147,6 @@ def _token_router_losses(
     balance = logits.shape[-1] * (load * probs).sum(dim=-1)
     z = (logits.logsumexp(dim=-1, keepdim=True).square() * mask).sum(dim=(2, 3)) / tokens.squeeze(-1)
     return balance.mean(), z.mean()
-
-
-def _task_balance_loss(task_logits: torch.Tensor, unlabelled: torch.Tensor) -> torch.Tensor:
-    """The same form over the tasks of the unlabelled volumes of the batch, 0 if there is none."""
-    count = unlabelled.sum().clamp(min=1)
-    chosen = (_chosen_experts(task_logits.detach(), 1) * unlabelled[:, None]).sum(dim=0) / count
-    probs = (task_logits.softmax(dim=-1) * unlabelled[:, None]).sum(dim=0) / count
-    return task_logits.shape[-1] * (chosen * probs).sum()
 
 
 def _sum_cells(grid: torch.Tensor, pool: list[int]) -> torch.Tensor:
