@@ -39,7 +39,7 @@ class CTMoEVisionConfig(PreTrainedConfig):
     post_layernorm (`bool`, *optional*, defaults to `False`):
         Whether the features are read after the base's last norm (SigLIP at feature layer -1).
     norm_type (`str`, *optional*, defaults to `"layer_norm"`):
-        `"layer_norm"` or `"rms_norm"` (InternViT-6B).
+        Norms inside the layers: `"layer_norm"` or `"rms_norm"` (InternViT-6B).
     qk_norm (`bool`, *optional*, defaults to `False`):
         Whether queries and keys pass an RMS norm over the full width before they are split into heads (InternViT-6B).
     layer_scale (`bool`, *optional*, defaults to `False`):

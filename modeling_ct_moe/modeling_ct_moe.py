@@ -615,14 +615,14 @@ class CTMoEVisionModel(CTMoEPreTrainedModel):
 
     def __init__(self, config: CTMoEVisionConfig):
         super().__init__(config)
-        norm = nn.RMSNorm if config.norm_type == "rms_norm" else nn.LayerNorm
+        # `norm_type` is that of the layers: no base has another norm than this around them.
         self.embeddings = CTMoEVisionEmbeddings(config)
         self.pre_layernorm = (
-            norm(config.hidden_size, eps=config.layer_norm_eps) if config.pre_layernorm else nn.Identity()
+            nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps) if config.pre_layernorm else nn.Identity()
         )
         self.layers = nn.ModuleList(CTMoEVisionLayer(config, i) for i in range(config.num_read_layers))
         self.post_layernorm = (
-            norm(config.hidden_size, eps=config.layer_norm_eps) if config.post_layernorm else nn.Identity()
+            nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps) if config.post_layernorm else nn.Identity()
         )
         self.depth_rotary = CTMoEDepthRotaryEmbedding(config)
         self.post_init()
