@@ -1,0 +1,44 @@
+# make demo      a report from a CT scan in a few minutes: SCAN=path, else a synthetic scan
+# make test      linters and the fast tests
+# make test-all  the same and the slow part: clean environments, several processes, the library's own tests, fuzz
+# Each sets up everything in .venv first; Python 3.11 or newer is all it needs.
+
+PYTHON ?= python3
+BIN := .venv/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+SCAN ?=
+
+.PHONY: demo test test-all lint clean
+
+demo: .venv/.core
+	$(BIN)/python examples/demo.py --scan "$(SCAN)" --out demo-output
+
+test: lint
+	$(BIN)/python -m pytest
+
+test-all: lint
+	$(BIN)/python -m pytest -m "slow or not slow"
+
+lint: .venv/.dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mlinter --no-progress modeling_ct_moe/
+
+.venv/.venv:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+		{ echo "Python 3.11 or newer is needed: make PYTHON=/path/to/python3.11"; exit 1; }
+	@$(PYTHON) -m venv .venv || { echo "python3 has no venv module (on Debian: apt install python3-venv)"; exit 1; }
+	@touch $@
+
+.venv/.core: .venv/.venv pyproject.toml constraints.txt
+	@echo "Installing ct-moe for inference into .venv (once, a minute or two) ..."
+	$(PIP) -e .
+	@touch $@
+
+.venv/.dev: .venv/.venv pyproject.toml constraints.txt
+	@echo "Installing ct-moe with its test tools into .venv (once, a minute or two) ..."
+	$(PIP) -e ".[dev]"
+	@touch $@ .venv/.core
+
+clean:
+	rm -rf .venv demo-output build dist *.egg-info .pytest_cache .ruff_cache .hypothesis

@@ -1,0 +1,211 @@
+# Copyright 2026 The CT-MoE authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The command line: `ct-moe convert`, `report`, `view`, `inspect` and `tiny-base`.
+
+Every command imports what it needs when it runs, so that `--help` answers at once. Bad input ends in one line on
+stderr and exit code 1; wrong usage in exit code 2.
+"""
+
+import json
+import os
+import sys
+import traceback
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+import ct_moe
+from ct_moe.errors_ct_moe import CTMoEError
+
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="CT-MoE: a 2D multimodal model that reads whole CT volumes. Not a medical device.",
+)
+
+ModelOption = Annotated[str, typer.Option("--model", "-m", help="Folder made by `ct-moe convert`, or a Hub id.")]
+RevisionOption = Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub repository.")]
+CheckOption = Annotated[
+    str, typer.Option(help="Values that are not those of a CT scan: refuse, warn about, or load (off).")
+]
+
+
+def main() -> None:
+    """Entry point: no traceback for the user, exit code 1 for every failure."""
+    try:
+        app()
+    except CTMoEError as error:
+        _fail(str(error))
+    except KeyboardInterrupt:
+        _fail("interrupted", code=130)
+    except Exception as error:
+        if os.environ.get("CT_MOE_DEBUG"):
+            traceback.print_exc()
+        _fail(
+            f"unexpected {type(error).__name__}: {' '.join(str(error).split())}. "
+            "Set CT_MOE_DEBUG=1 to see where, and please report it."
+        )
+
+
+@app.callback(invoke_without_command=True)
+def _version(version: Annotated[bool, typer.Option("--version", help="Print the version and exit.")] = False) -> None:
+    if version:
+        print(f"ct-moe {ct_moe.__version__}")
+        raise typer.Exit
+
+
+@app.command()
+def convert(
+    base: Annotated[str, typer.Argument(help="Folder or Hub id of a LLaVA-style base.")],
+    out: Annotated[Path, typer.Argument(help="New folder for the converted model.")],
+    revision: RevisionOption = None,
+    dtype: Annotated[str | None, typer.Option(help="Dtype of the converted weights; by default the base's.")] = None,
+    parity: Annotated[bool, typer.Option(help="Measure that the logits equal the base's.")] = True,
+    setting: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="Config field as NAME=JSON, e.g. --set num_experts=8 --set 'tasks=[\"report\"]'."),
+    ] = None,
+) -> None:
+    """Convert a 2D multimodal base into a CT-MoE model, every pretrained parameter reused."""
+    with _quiet_libraries():
+        from ct_moe.hub.conversion import convert_base
+
+        print(convert_base(base, out, revision=revision, dtype=dtype, parity=parity, **_settings(setting or [])))
+    print(f"Wrote {out}. The added experts are untrained: until then the model answers as its base does.")
+
+
+@app.command()
+def report(
+    scans: Annotated[list[str], typer.Argument(help="Scans: files, or folders that hold one series each.")],
+    model: ModelOption,
+    question: Annotated[str | None, typer.Option(help="Ask this instead of writing a report.")] = None,
+    context: Annotated[str | None, typer.Option(help="Indication, contrast phase and the like.")] = None,
+    task: Annotated[str | None, typer.Option(help="Task whose experts serve the request.")] = None,
+    out: Annotated[Path | None, typer.Option(help="Also write one JSON object per scan to this new file.")] = None,
+    stream: Annotated[bool, typer.Option("--stream", help="Print the text as it is generated.")] = False,
+    routing: Annotated[bool, typer.Option("--routing", help="Add the routing to the records.")] = False,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 512,
+    batch_size: Annotated[int, typer.Option(min=1, help="Scans that go through the model together.")] = 1,
+    check: CheckOption = "refuse",
+    revision: RevisionOption = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda:0 ...; by default the first accelerator.")] = None,
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 ...")] = "auto",
+    allow_failures: Annotated[
+        bool, typer.Option("--allow-failures", help="Exit with 0 although scans failed.")
+    ] = False,
+) -> None:
+    """Write a report of each scan, or answer a question about it. A scan that fails is recorded, the others go on."""
+    with _quiet_libraries():
+        from tqdm import tqdm
+        from transformers import TextStreamer
+
+        from ct_moe.hub.reporting import open_reporter, report_scans, write_jsonl
+
+        if stream and batch_size > 1:
+            raise CTMoEError("--stream", "cannot follow several texts at once", "Leave out --batch-size")
+        reporter = open_reporter(model, revision=revision, device=device, dtype=dtype)
+        call = {"question": question, "context": context, "task": task, "max_new_tokens": max_new_tokens}
+        if routing:
+            call["return_routing"] = True
+        if stream:
+            call["streamer"] = TextStreamer(reporter.processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
+        records = report_scans(reporter, scans, check=check, batch_size=batch_size, **call)
+        if out is not None:
+            records = write_jsonl(records, out)
+        failed = 0
+        for record in tqdm(records, total=len(scans), desc="scans", unit="scan", disable=stream):
+            if "error" in record:
+                failed += 1
+                _warn(f"failed: {record['error']}")
+            else:
+                for warning in record["warnings"]:
+                    _warn(f"{record['scan']}: {warning}")
+                tqdm.write(_summary(record, with_text=not stream), file=sys.stdout)
+    if failed:
+        _warn(f"{failed} of {len(scans)} scans failed")
+        if not allow_failures or failed == len(scans):
+            raise typer.Exit(1)
+
+
+@app.command("tiny-base")
+def tiny_base(
+    out: Annotated[Path, typer.Argument(help="New folder for the base.")],
+    text_model: Annotated[str, typer.Option(help="Language model: phi3 or llama.")] = "phi3",
+    seed: Annotated[int, typer.Option(help="Seed of the random weights.")] = 0,
+) -> None:
+    """Build a LLaVA base of a few MB with random weights, to try the other commands on."""
+    if text_model not in ("phi3", "llama"):
+        raise CTMoEError("--text-model", f"{text_model!r} is unknown", "Choose phi3 or llama")
+    with _quiet_libraries():
+        from ct_moe.hub.tiny_base import build_tiny_base
+
+        build_tiny_base(out, text_model=text_model, seed=seed)
+    print(f"Wrote {out}: random weights, it can say nothing meaningful.")
+
+
+def _summary(record: dict, with_text: bool) -> str:
+    slab = "" if record["slab_mm"] is None else f", {record['slab_mm']:g} mm slabs"
+    lines = [f"{record['scan']}: {record['num_slices']} slices{slab}, task {record['task'] or 'none'}"]
+    if with_text:
+        for name in ("findings", "impression", "answer"):
+            if record.get(name):
+                lines.append(f"{name.capitalize()}: {record[name]}")
+    lines.append(f"Model trained for: {record['scope']}. {record['notice']}\n")
+    return "\n".join(lines)
+
+
+def _settings(pairs: list[str]) -> dict:
+    settings = {}
+    for pair in pairs:
+        name, separator, value = pair.partition("=")
+        if not separator:
+            raise CTMoEError("--set", f"{pair!r} has no =", "Write NAME=JSON, e.g. num_experts=8")
+        try:
+            settings[name.strip()] = json.loads(value)
+        except json.JSONDecodeError:
+            settings[name.strip()] = value  # a bare word is a string: --set guide_interaction=bias
+    return settings
+
+
+@contextmanager
+def _quiet_libraries() -> Iterator[None]:
+    """Progress and errors are this package's own; what the reader warned about is in the records."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()
+        yield
+
+
+def _warn(message: str) -> None:
+    from tqdm import tqdm
+
+    tqdm.write(f"ct-moe: {message}", file=sys.stderr)
+
+
+def _fail(message: str, code: int = 1) -> None:
+    print(f"ct-moe: error: {message}", file=sys.stderr)
+    sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()

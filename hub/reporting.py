@@ -1,0 +1,161 @@
+# Copyright 2026 The CT-MoE authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""A batch of scans through the report pipeline: a bad scan is recorded and the others go on.
+
+- `open_reporter`: a model folder or Hub id -> the pipeline, with this package's own classes.
+- `report_scans`: scans -> one record each, as they are ready.
+- `write_jsonl`: records -> a file that appears when they are all in it.
+"""
+
+import json
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError
+from transformers import PreTrainedConfig
+
+from ct_moe import (
+    CTMoEError,
+    CTMoEForConditionalGeneration,
+    CTMoEProcessor,
+    CTReportPipeline,
+    ModelError,
+    load_volume,
+)
+
+
+def open_reporter(
+    model: str, *, revision: str | None = None, device: str | None = None, dtype: str = "auto"
+) -> CTReportPipeline:
+    """Load a converted or trained CT-MoE model with its processor.
+
+    Args:
+        model: folder or Hub id.
+        revision: branch, tag or commit of a Hub repository.
+        device: `"cpu"`, `"cuda:1"` ...; by default the first accelerator, else the CPU.
+        dtype: `"auto"` (the dtype on disk), `"float32"`, `"bfloat16"` ...
+
+    Raises:
+        ModelError: there is no CT-MoE model, or it is incomplete or damaged.
+    """
+    if dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
+        raise ModelError("dtype", f"{dtype!r} is no dtype", "Use auto, float32, bfloat16 or float16")
+    # A missing path must not become a request to the Hub.
+    if not os.path.isdir(model) and (
+        model.count("/") != 1 or model.startswith((".", "/", "~")) or os.path.exists(model)
+    ):
+        raise ModelError(model, "no such folder", "Pass a folder made by `ct-moe convert`, or a Hub id owner/name")
+    try:
+        config, _ = PreTrainedConfig.get_config_dict(model, revision=revision)
+        if config.get("model_type") != "ct_moe":
+            raise ModelError(
+                model,
+                f"a model of type {config.get('model_type')!r}, not 'ct_moe'",
+                "Convert it first: ct-moe convert BASE OUT",
+            )
+        processor = CTMoEProcessor.from_pretrained(model, revision=revision)
+        network = CTMoEForConditionalGeneration.from_pretrained(model, revision=revision, dtype=dtype)
+        return CTReportPipeline(model=network.eval(), processor=processor, task="ct-report", device=_device(device))
+    except CTMoEError:
+        raise
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        finding = " ".join(str(error).split())[:300].rstrip(".") or type(error).__name__
+        raise ModelError(model, finding, "Check the folder or Hub id, and that all its files are complete") from error
+
+
+def report_scans(
+    reporter: CTReportPipeline, scans: Iterable[str], *, check: str = "refuse", batch_size: int = 1, **call
+) -> Iterator[dict[str, Any]]:
+    """Yield one record per scan, in order: the pipeline's result, or `scan` and `error` for a scan that failed.
+
+    Args:
+        reporter: from `open_reporter`.
+        scans: paths.
+        check: what `load_volume` does about values that are not those of a CT.
+        batch_size: scans that go through the model together.
+        **call: the pipeline's call arguments.
+    """
+    # A wrong question or setting fails before the first scan is read, and not once per scan.
+    reporter._sanitize_parameters(**call)
+    batch: list[tuple[str, Any]] = []
+    image_processor = reporter.processor.image_processor
+    for scan in scans:
+        try:
+            volume = load_volume(
+                scan, check=check, intensity=image_processor.intensity, reorient=image_processor.reorient
+            )
+        except CTMoEError as error:
+            volume = error
+        batch.append((scan, volume))
+        if len(batch) == batch_size:
+            yield from _run(reporter, batch, call)
+            batch = []
+    yield from _run(reporter, batch, call)
+
+
+def write_jsonl(records: Iterable[dict[str, Any]], out: str | Path) -> Iterator[dict[str, Any]]:
+    """Pass records on while writing them, one JSON object a line; `out` appears under its name at the end.
+
+    An interrupted job leaves what was finished, in whole lines.
+
+    Raises:
+        ModelError: `out` exists, or cannot be written.
+    """
+    out = Path(out)
+    part = out.with_name(f"{out.name}.part")
+    if out.exists():
+        raise ModelError(str(out), "exists", "Name a new file, or remove this one first")
+    try:
+        file = part.open("w", encoding="utf-8")
+    except OSError as error:
+        raise ModelError(
+            str(out), f"cannot be written ({error.strerror})", "Name a file in a folder that exists"
+        ) from error
+    written = 0
+    try:
+        with file:
+            for record in records:
+                file.write(json.dumps(record, ensure_ascii=False) + "\n")
+                file.flush()
+                written += 1
+                yield record
+    finally:
+        if written:
+            part.replace(out)
+        else:
+            part.unlink()
+
+
+def _run(reporter: CTReportPipeline, batch: list[tuple[str, Any]], call: dict) -> Iterator[dict[str, Any]]:
+    good = [volume for _, volume in batch if not isinstance(volume, CTMoEError)]
+    results: Iterator[dict[str, Any] | CTMoEError]
+    try:
+        results = iter(reporter(good, batch_size=max(1, len(good)), **call))
+    except CTMoEError as error:
+        results = iter([error] * len(good))
+    for scan, volume in batch:
+        result = volume if isinstance(volume, CTMoEError) else next(results)
+        yield {"scan": scan, "error": str(result)} if isinstance(result, CTMoEError) else {**result, "scan": scan}
+
+
+def _device(name: str | None) -> torch.device | None:
+    if name is None:
+        return None
+    try:
+        return torch.empty(0, device=name).device
+    except (RuntimeError, AssertionError) as error:  # AssertionError: "Torch not compiled with CUDA enabled"
+        raise ModelError("device", f"{name!r} cannot be used here", "Use cpu, or leave it out") from error
