@@ -252,7 +252,7 @@ def _make_config(base: LlavaConfig, overrides: dict[str, Any]) -> CTMoEConfig:
 def _make_processor(source: Base, config: CTMoEConfig, chat_template: str | None) -> tuple[CTMoEProcessor, str]:
     """The processor, and what was done to the base's chat template."""
     try:
-        tokenizer = AutoTokenizer.from_pretrained(source.folder)
+        tokenizer = AutoTokenizer.from_pretrained(source.folder, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ConversionError(
             source.name, f"no tokenizer that loads: {error}", "Add the base's tokenizer.json"

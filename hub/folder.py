@@ -23,7 +23,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -91,17 +91,24 @@ def new_folder(out: str | Path) -> Iterator[Path]:
     Raises:
         ModelError: `out` is a file or a folder that holds something, before anything is written.
     """
-    out = Path(out)
-    if out.is_file() or (out.is_dir() and any(out.iterdir())):
+    if Path(out).is_file() or (Path(out).is_dir() and any(Path(out).iterdir())):
         raise ModelError(out, "exists and is not an empty folder", "Name a new folder, or remove this one first")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
+    out = Path(out).absolute()
+    parents = [parent for parent in out.parents if not parent.exists()]  # deepest first
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
+    except OSError as error:
+        raise ModelError(out, f"cannot be created: {error.strerror}", "Name a folder you may write to") from error
     try:
         yield folder
         folder.chmod(0o777 & ~_umask())  # mkdtemp makes it readable by its owner only
         os.replace(folder, out)  # replaces an empty folder, and fails on one that was filled meanwhile
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
+        with suppress(OSError):  # another process may have put something there
+            for parent in parents:
+                parent.rmdir()
         raise
 
 

@@ -112,12 +112,12 @@ def plan_tensors(shapes: dict[str, tuple[int, ...]], config: CTMoEConfig, base: 
             key: tuple(tensor.shape) for key, tensor in CTMoEForConditionalGeneration(config).state_dict().items()
         }
     tower = TOWERS[base.vision_config.model_type]
-    tied = "lm_head.weight" if config.tie_word_embeddings else None
+    tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
     reused, unread = {}, {}
     for key, shape in shapes.items():
         target = _first_match(tower.rules + _LLAVA_RULES, key)
         reason = _first_match(tower.unread + _BUFFER_RULES, key) or _above_feature_layer(target, config)
-        if reason is None and target == tied:
+        if reason is None and target in tied:
             reason = "tied: the base reads its input embeddings in its place"
         if reason is not None:
             unread[key] = reason
@@ -137,9 +137,9 @@ def plan_tensors(shapes: dict[str, tuple[int, ...]], config: CTMoEConfig, base: 
     filled = set(reused.values())
     added = {}
     for target in targets:
-        group = _first_match(_ADDED_RULES, target)
-        if target in filled or target == tied:
+        if target in filled | tied:
             continue
+        group = _first_match(_ADDED_RULES, target)
         if group is None:
             raise ConversionError(
                 target, "no tensor of the base's files fills it", "The base is incomplete: download it again"
