@@ -19,6 +19,7 @@
 - `LoadContext`: the limits of one load, and the odd things found on the way.
 """
 
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -104,6 +105,8 @@ class LoadContext:
         check (`str`): "refuse", "warn" or "off", see `load_volume`.
         intensity (`str`): "hu" or "display".
         max_bytes (`int`): most memory the scan may take.
+        warnings (`list[str]`): what was odd.
+        files (`ExitStack`): what is open until the voxels are read.
     """
 
     subject: str
@@ -111,6 +114,7 @@ class LoadContext:
     intensity: str = "hu"
     max_bytes: int = MAX_VOLUME_BYTES
     warnings: list[str] = field(default_factory=list)
+    files: ExitStack = field(default_factory=ExitStack)
 
     def error(self, finding: str, remedy: str) -> VolumeError:
         return VolumeError(self.subject, finding, remedy)

@@ -32,6 +32,9 @@ OBLIQUE_WARN_DEG = 15.0
 # Header rounding stays far below this; a gantry tilt is some degrees.
 SHEAR_TOLERANCE_DEG = 0.5
 
+# Gantries tilt by 30 degrees at most; what leans further is a mistake.
+MAX_TILT_DEG = 45.0
+
 # Nothing that is scanned has voxels outside this range, in mm.
 SPACING_RANGE_MM = (0.01, 100.0)
 
@@ -129,25 +132,38 @@ def remove_shear(voxels: np.ndarray, affine: np.ndarray, context: LoadContext) -
     normal /= np.linalg.norm(normal)
     step = float(normal @ columns[:, axis])
     tilt = float(np.degrees(np.arccos(min(1.0, abs(step) / np.linalg.norm(columns[:, axis])))))
-    if tilt > 45:
+    if tilt > MAX_TILT_DEG:
         raise context.error(f"slices are sheared by {tilt:.0f} degrees", "Check the geometry: no gantry tilts so far")
     slide = columns[:, axis] - step * normal  # mm in the plane from one slice to the next
     per_slice = [float(unit[:, a] @ slide) / np.linalg.norm(columns[:, a]) for a in plane]  # in pixels of the plane
     context.warn(f"gantry tilt of {tilt:.1f} degrees: slices were shifted in their plane to stand on each other")
 
     stack = np.moveaxis(voxels, 2 - axis, 0)  # (slice, slower plane axis, faster plane axis)
-    offsets = np.outer(np.arange(len(stack)), per_slice[::-1])  # rows: slices; columns as the axes of `stack`
-    start, size = _grown(offsets, stack.shape[1:])
-    context.claim(len(stack) * size[0] * size[1] * voxels.itemsize, "the volume without its gantry tilt")
-    fill = AIR_HU if context.intensity == "hu" else voxels.min()
-    straight = np.full((len(stack), *size), fill, voxels.dtype)
-    for index, plane_voxels in enumerate(stack):
-        straight[index] = _shifted(plane_voxels, offsets[index] - start, size, fill, voxels.dtype)
-
+    straight, start = straighten(stack, np.outer(np.arange(len(stack)), per_slice[::-1]), context)
     affine = affine.copy()
     affine[:3, axis] = step * normal
     affine[:3, 3] += columns[:, plane[0]] * start[1] + columns[:, plane[1]] * start[0]
     return np.moveaxis(straight, 0, 2 - axis), affine
+
+
+def straighten(stack: np.ndarray, offsets: np.ndarray, context: LoadContext) -> tuple[np.ndarray, np.ndarray]:
+    """Shifts each slice in its plane, by linear interpolation, into a plane that holds all of them.
+
+    Args:
+        stack (`np.ndarray` of shape `(slices, rows, columns)`): the slices.
+        offsets (`np.ndarray` of shape `(slices, 2)`): where each slice's first pixel lies, in rows and columns.
+
+    Returns:
+        The shifted stack, and the place of its first pixel in the same rows and columns.
+    """
+    start = np.floor(offsets.min(0) + 1e-6)
+    size = tuple(int(length) for length in np.ceil(offsets.max(0) - 1e-6) + stack.shape[1:] - start)
+    context.claim(len(stack) * size[0] * size[1] * stack.itemsize + stack.nbytes, "the volume without its gantry tilt")
+    fill = AIR_HU if context.intensity == "hu" else stack.min()
+    straight = np.empty((len(stack), *size), stack.dtype)
+    for index, plane in enumerate(stack):
+        straight[index] = _shifted(plane, offsets[index] - start, size, fill)
+    return straight, start
 
 
 def resample_slices(voxels: np.ndarray, positions: np.ndarray, step: float) -> np.ndarray:
@@ -176,14 +192,7 @@ def _mm(steps) -> str:
     return " x ".join(f"{step:.4g}" for step in steps) + " mm"
 
 
-def _grown(offsets: np.ndarray, size: tuple[int, int]) -> tuple[np.ndarray, tuple[int, int]]:
-    """First pixel and size of the smallest plane that holds every shifted slice."""
-    start = np.floor(offsets.min(0) + 1e-6)
-    end = np.ceil(offsets.max(0) - 1e-6) + size
-    return start, tuple(int(length) for length in end - start)
-
-
-def _shifted(plane: np.ndarray, shift: np.ndarray, size: tuple[int, int], fill: float, dtype) -> np.ndarray:
+def _shifted(plane: np.ndarray, shift: np.ndarray, size: tuple[int, int], fill: float) -> np.ndarray:
     """The plane at a fractional offset in a larger one: along each axis a weighted sum of two whole-pixel copies."""
     moved = plane.astype(np.float32)
     for axis in (0, 1):
@@ -198,4 +207,4 @@ def _shifted(plane: np.ndarray, shift: np.ndarray, size: tuple[int, int], fill: 
                 target[axis] = slice(offset, offset + moved.shape[axis])
                 room[tuple(target)] += share * (moved - fill)
         moved = room
-    return np.rint(moved) if np.issubdtype(dtype, np.integer) else moved
+    return np.rint(moved) if plane.dtype == np.int16 else moved

@@ -18,18 +18,25 @@ reason, or noted as a warning in `Volume.meta`.
 """
 
 import os
-import stat
+import re
 import warnings
-from contextlib import ExitStack
+import zipfile
+from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
 from typing import Any, BinaryIO
 
+import numpy as np
 from nibabel.spatialimages import SpatialImage
 
 from .errors_ct_moe import VolumeError
+from .volume_arrays_ct_moe import NPY_MAGIC, read_array, read_npy, read_npz
 from .volume_ct_moe import MAX_VOLUME_BYTES, LoadContext, StoredVolume, Volume, VolumeWarning
+from .volume_dicom_ct_moe import is_dataset, is_dicom, read_dicom
+from .volume_download_ct_moe import fetch
+from .volume_files_ct_moe import READ_ERRORS, BytesEntry, folder_entries, open_path, path_entry, zip_entries
 from .volume_geometry_ct_moe import spacing_of, to_lps
+from .volume_metaimage_ct_moe import is_metaimage, is_nrrd, read_metaimage, read_nrrd
 from .volume_nifti_ct_moe import header_class, read_nibabel, read_nifti
 from .volume_plausibility_ct_moe import check_hounsfield, clean_values
 from .volume_voxels_ct_moe import VoxelStream
@@ -37,12 +44,15 @@ from .volume_voxels_ct_moe import VoxelStream
 
 __all__ = ["MAX_VOLUME_BYTES", "Volume", "VolumeWarning", "load_volume"]
 
-_FORMATS = "NIfTI (.nii, .nii.gz)"
+_ZIP_MAGIC = b"PK\3\4"
+_FORMATS = "NIfTI, DICOM, MetaImage, NRRD, .npy, .npz or a zip of DICOM"
 
 
 def load_volume(
     source: Any,
     *,
+    series: int | str | None = None,
+    spacing: tuple[float, float, float] | None = None,
     intensity: str = "hu",
     reorient: bool = True,
     check: str = "refuse",
@@ -52,9 +62,24 @@ def load_volume(
     """Loads one CT volume.
 
     Args:
-        source (`str`, `Path`, `bytes`, file object, nibabel image, `dict` or [`Volume`]):
-            What to load. A `dict` is a row of a `datasets` Nifti column that was not decoded: `{"path": ...,
-            "bytes": ...}`. A [`Volume`] is returned as it is.
+        source (`str`, `Path`, `bytes`, file object, `list`, `dict`, image, array or [`Volume`]):
+            What to load:
+
+            - a path or URL (`https://`, `hf://[datasets/]owner/name/path`) of a NIfTI file (.nii, .nii.gz, either half
+              of a pair), a DICOM file (one slice, or an enhanced multi-frame volume), a folder or zip with the DICOM
+              files of a series, a MetaImage (.mha, .mhd), NRRD, .npy or .npz file;
+            - `bytes` or a binary file object with the content of such a file;
+            - a `list` of DICOM paths or of pydicom datasets;
+            - a nibabel image, a decoded value of a `datasets` Nifti column, or an undecoded one
+              (`{"path": ..., "bytes": ...}`);
+            - a `np.ndarray` of shape (z, y, x);
+            - a [`Volume`], which is returned as it is.
+        series (`int` or `str`, *optional*):
+            Which of several DICOM series (or points in time) in one folder: its number in the list that the error
+            gives, from 1, or its SeriesInstanceUID. For an .npz with several arrays, the array's name.
+        spacing (`tuple[float, float, float]`, *optional*):
+            Voxel size in mm, in array order (z, y, x), for arrays, .npy and .npz, which have none. With
+            `intensity="display"` it may be missing; it is then 1 mm and `meta["spacing_known"]` is `False`.
         intensity (`str`, defaults to `"hu"`):
             `"hu"`: the values are Hounsfield units once rescaled as the file says. `"display"`: they never were
             (arrays scaled to [0, 1], pictures); nothing is asked of the values.
@@ -62,7 +87,7 @@ def load_volume(
             Whether to turn the axes to LPS. `False` keeps the file's axes, slowest first; `affine` then maps those.
         check (`str`, defaults to `"refuse"`):
             What happens to values and headers that are almost certainly not those of a CT scan: `"refuse"` raises,
-            `"warn"` warns and loads, `"off"` loads without looking. What is merely odd is a warning unless `"off"`.
+            `"warn"` warns and loads, `"off"` loads without a word. What is merely odd is a warning unless `"off"`.
         padding (`str`, defaults to `"air"`):
             `"air"` sets what lies outside the scanner's field of view (declared padding, and anything below
             -1400 HU) to -1024 HU, `"keep"` leaves it as it is stored.
@@ -78,19 +103,27 @@ def load_volume(
     """
     if isinstance(source, Volume):
         return source
-    _check_choice("intensity", intensity, ("hu", "display"))
-    _check_choice("check", check, ("refuse", "warn", "off"))
-    _check_choice("padding", padding, ("air", "keep"))
+    for name, value, choices in (
+        ("intensity", intensity, ("hu", "display")),
+        ("check", check, ("refuse", "warn", "off")),
+        ("padding", padding, ("air", "keep")),
+    ):
+        if value not in choices:
+            raise VolumeError(name, f"{value!r}", f"Pass one of {', '.join(map(repr, choices))}")
+    if not (series is None or isinstance(series, str) or type(series) is int):
+        raise VolumeError("series", f"{series!r}", "Pass a number or a SeriesInstanceUID")
+
     context = LoadContext(_name_of(source), check, intensity, MAX_VOLUME_BYTES if max_bytes is None else max_bytes)
+    options = _Options(series, spacing, padding)
     try:
-        with ExitStack() as files:
-            stored = _read(source, context, files)
+        with context.files:
+            stored = _read(source, context, options)
         clean_values(stored, context, padding)
         check_hounsfield(stored.voxels, context)
         voxels, affine = to_lps(stored, context, reorient)
     except MemoryError as error:
         raise context.error("not enough memory for the volume", "Crop it, or load it on a larger machine") from error
-    if context.check == "off":
+    if check == "off":
         context.warnings.clear()
     for finding in context.warnings:
         warnings.warn(f"{context.subject}: {finding}", VolumeWarning, stacklevel=2)
@@ -98,23 +131,33 @@ def load_volume(
     return Volume(voxels, spacing_of(affine), affine, meta)
 
 
-def _check_choice(argument: str, value: str, choices: tuple[str, ...]) -> None:
-    if value not in choices:
-        raise VolumeError(argument, f"{value!r}", f"Pass one of {', '.join(map(repr, choices))}")
+@dataclass
+class _Options:
+    """What only some formats understand."""
+
+    series: int | str | None
+    spacing: tuple[float, float, float] | None
+    padding: str
+
+    def refuse_spacing(self, context: LoadContext) -> None:
+        if self.spacing is not None:
+            raise context.error("has its own voxel size", "Pass spacing only with arrays, .npy and .npz")
 
 
 def _name_of(source: Any) -> str:
-    """How errors name a source."""
+    """How errors name a source; a URL without what may be a key in it."""
     if isinstance(source, (str, os.PathLike)):
-        return os.fspath(source)
+        return re.sub(r"^(https?://)(?:[^/@]*@)?([^?#]*).*", r"\1\2", os.fspath(source), flags=re.DOTALL)
     if isinstance(source, dict):
-        return str(source.get("path") or "dict")
+        return _name_of(source.get("path") or "dict")
+    if isinstance(source, (list, tuple)):
+        return f"list of {len(source)}"
     if hasattr(source, "read") and hasattr(source, "name") and isinstance(source.name, str):
         return source.name
     return type(source).__name__
 
 
-def _read(source: Any, context: LoadContext, files: ExitStack) -> StoredVolume:
+def _read(source: Any, context: LoadContext, options: _Options) -> StoredVolume:
     if isinstance(source, dict):
         if source.get("bytes") is not None:
             source = source["bytes"]
@@ -122,75 +165,122 @@ def _read(source: Any, context: LoadContext, files: ExitStack) -> StoredVolume:
             source = source["path"].split("::")[-1]  # "gzip://scan.nii::/path/scan.nii.gz", as `datasets` chains them
         else:
             raise context.error("neither path nor bytes", 'Pass {"path": ...} or {"bytes": ...}')
+    if isinstance(source, str) and "://" in source:
+        source = fetch(source, context)
     if isinstance(source, (str, os.PathLike)):
-        return _read_path(Path(source), context, files)
+        return _read_path(Path(source), context, options)
+    if isinstance(source, (bytes, bytearray, memoryview)):
+        return _read_file(BytesIO(source), None, context, options)
+    if hasattr(source, "read"):
+        return _read_file(_seekable(source, context), None, context, options)
+    if isinstance(source, np.ndarray):
+        return read_array(source, options.spacing, context)
+    options.refuse_spacing(context)
     if isinstance(source, SpatialImage):
         return read_nibabel(source, context)
-    if isinstance(source, (bytes, bytearray, memoryview)):
-        return _read_file(BytesIO(source), None, context, files)
-    if hasattr(source, "read"):
-        return _read_file(_seekable(source, context), None, context, files)
-    raise context.error("not a scan", f"Pass a path, bytes, a file object or a nibabel image; files may be {_FORMATS}")
+    if is_dataset(source):
+        source = [source]
+    if isinstance(source, (list, tuple)):
+        entries = [_listed(item, context) for item in source]
+        return read_dicom(entries, context, options.series, options.padding, strict=True)
+    raise context.error(
+        "not a scan", f"Pass a path, bytes, an image, or a list of DICOM files; files may be {_FORMATS}"
+    )
 
 
-def _read_path(path: Path, context: LoadContext, files: ExitStack) -> StoredVolume:
-    file = open_regular(path, context, files)
-    return _read_file(file, path, context, files)
+def _listed(item: Any, context: LoadContext) -> Any:
+    """A member of a list: a DICOM file or dataset."""
+    if isinstance(item, (str, os.PathLike)):
+        return path_entry(Path(item), context)
+    if is_dataset(item):
+        return item
+    raise context.error(f"a list that holds {type(item).__name__}", "Pass a list of DICOM paths or pydicom datasets")
 
 
-def open_regular(path: Path, context: LoadContext, files: ExitStack) -> BinaryIO:
-    """Opens a file that is one: no folder, no pipe that never ends, no device."""
+def _read_path(path: Path, context: LoadContext, options: _Options) -> StoredVolume:
     try:
-        is_file = stat.S_ISREG(os.stat(path).st_mode)
-    except FileNotFoundError as error:
-        raise context.error("no such file", "Check the path") from error
-    except (OSError, ValueError) as error:  # a null byte in the name is a ValueError
-        raise context.error(f"cannot be opened ({type(error).__name__})", "Check the path") from error
-    if not is_file:
-        raise context.error("not a regular file", "Pass the path of a scan")
-    try:
-        return files.enter_context(open(path, "rb"))
-    except OSError as error:
-        raise context.error(f"cannot be opened ({type(error).__name__})", "Check its permissions") from error
+        is_folder = path.is_dir()
+    except (OSError, ValueError):  # Python before 3.12 raises for a null byte in the name
+        is_folder = False
+    if is_folder:
+        options.refuse_spacing(context)
+        return read_dicom(folder_entries(path, context), context, options.series, options.padding, strict=False)
+    return _read_file(open_path(path_entry(path, context), context), path, context, options)
 
 
 def _seekable(file: Any, context: LoadContext) -> BinaryIO:
     """The file object itself, or what it holds if it can only be read forwards."""
     if file.seekable():
-        file.seek(0)
         return file
     content = file.read(context.max_bytes + 1)
     context.claim(len(content), "the stream")
     return BytesIO(content)
 
 
-def _read_file(file: BinaryIO, path: Path | None, context: LoadContext, files: ExitStack) -> StoredVolume:
+def _read_file(file: BinaryIO, path: Path | None, context: LoadContext, options: _Options) -> StoredVolume:
+    """Reads one file by what it starts with."""
     stream = VoxelStream(file, context)
     if stream.stored_bytes == 0:
         raise context.error("the file is empty", "Copy or export it again")
     start = stream.read(540)
-    file.seek(0)
+    folder = None if path is None else path.parent
+    if start[:4] == _ZIP_MAGIC:
+        return _read_zip(file, context, options)
+    if start[:6] == NPY_MAGIC:
+        file.seek(0)
+        return read_npy(file, options.spacing, context)
+    options.refuse_spacing(context)
     _, is_pair = header_class(start)
     if is_pair is False:
         return read_nifti(file, None, context)
     if is_pair:
-        return read_nifti(file, _other_half(path, ".img", context, files), context)
+        return read_nifti(file, _other_half(path, ".img", context), context)
+    if is_dicom(start):
+        entry = path_entry(path, context) if path is not None else _in_memory(file, context)
+        return read_dicom([entry], context, options.series, options.padding, strict=True)
+    if is_metaimage(start):
+        return read_metaimage(file, folder, context)
+    if is_nrrd(start):
+        return read_nrrd(file, folder, context)
     if path is not None and _stem_and_suffix(path)[1] == ".img":
-        return read_nifti(_other_half(path, ".hdr", context, files), file, context)
+        return read_nifti(_other_half(path, ".hdr", context), file, context)
     raise context.error("unknown format", f"Pass {_FORMATS}")
 
 
-def _other_half(path: Path | None, suffix: str, context: LoadContext, files: ExitStack) -> BinaryIO | None:
+def _in_memory(file: BinaryIO, context: LoadContext) -> BytesEntry:
+    file.seek(0)
+    content = file.read(context.max_bytes + 1)
+    context.claim(len(content), "the file")
+    return BytesEntry("the file", content)
+
+
+def _read_zip(file: BinaryIO, context: LoadContext, options: _Options) -> StoredVolume:
+    """A zip of DICOM files, an .npz, or a zip around one file of another format."""
+    try:
+        archive = context.files.enter_context(zipfile.ZipFile(file))
+        entries = zip_entries(archive, context)
+        if entries and all(entry.name.endswith(".npy") for entry in entries):
+            return read_npz(entries, options.spacing, options.series, context)
+        options.refuse_spacing(context)
+        if any(entry.head(4) == _ZIP_MAGIC for entry in entries[:1]):
+            raise context.error("an archive in an archive", "Unpack the outer one")
+        if len(entries) == 1 and not is_dicom(entries[0].head(540)):
+            return _read_file(BytesIO(entries[0].read()), None, context, options)
+    except READ_ERRORS as error:
+        raise context.error(f"the zip archive is damaged ({type(error).__name__})", "Copy or pack it again") from error
+    return read_dicom(entries, context, options.series, options.padding, strict=False)
+
+
+def _other_half(path: Path | None, suffix: str, context: LoadContext) -> BinaryIO | None:
     """The .hdr that lies beside an .img, or the other way round."""
     if path is None:
         return None
     stem, _ = _stem_and_suffix(path)
     for name in (stem + suffix, stem + suffix + ".gz"):
         if (path.parent / name).exists():
-            return open_regular(path.parent / name, context, files)
+            return open_path(path_entry(path.parent / name, context), context)
     raise context.error(f"half of a NIfTI pair without its {suffix}", f"Put {stem}{suffix} beside it")
 
 
 def _stem_and_suffix(path: Path) -> tuple[str, str]:
-    name = path.name.removesuffix(".gz")
-    return os.path.splitext(name)
+    return os.path.splitext(path.name.removesuffix(".gz"))

@@ -26,7 +26,7 @@ from nibabel.spatialimages import HeaderDataError
 
 from .volume_ct_moe import LoadContext, StoredVolume
 from .volume_geometry_ct_moe import spacing_of
-from .volume_voxels_ct_moe import Rescale, VoxelStream, fits_int16, read_voxels
+from .volume_voxels_ct_moe import VoxelStream, check_end, check_type, read_voxels, three_axes, voxels_of
 
 
 # RAS, the convention of NIfTI, to LPS, the one of DICOM.
@@ -78,7 +78,7 @@ def read_nifti(header_file: BinaryIO, image_file: BinaryIO | None, context: Load
     affine = _affine(header, context)
     stream.skip(int(offset) - stream.position)
     voxels = read_voxels(stream, shape[::-1], dtype, slope, intercept, context)
-    _check_end(stream, voxels, context)
+    check_end(stream, voxels, context)
     return StoredVolume(voxels, affine, _facts("nifti", shape, dtype, slope, intercept))
 
 
@@ -94,14 +94,14 @@ def read_nibabel(image: nib.spatialimages.SpatialImage, context: LoadContext) ->
         _doubt_orientation(context)
     affine = RAS_TO_LPS @ _millimetres(header if is_nifti else None, context) @ np.asarray(affine, np.float64)
 
-    shape = _three_axes(image.shape, context)
+    shape = three_axes(image.shape, context)
     data = image.dataobj
     slope, intercept = 1.0, 0.0
     if isinstance(data, ArrayProxy):
         slope, intercept = float(data.slope), float(data.inter)
     else:
         data = np.asanyarray(data)
-    _check_type(data.dtype, context)
+    check_type(data.dtype, context)
     facts = _facts("nifti" if is_nifti else type(header).__name__, shape, data.dtype, slope, intercept)
     if isinstance(data, ArrayProxy) and str(data.file_like).endswith((".nii", ".img", ".gz")) and data.order == "F":
         try:
@@ -122,23 +122,6 @@ def read_nibabel(image: nib.spatialimages.SpatialImage, context: LoadContext) ->
     return StoredVolume(voxels, affine, facts, owned)
 
 
-def voxels_of(array: np.ndarray, slope: float, intercept: float, context: LoadContext) -> tuple[np.ndarray, bool]:
-    """An array in memory as int16 or float32, and whether the result is a copy. The caller's array is not changed."""
-    _check_type(array.dtype, context)
-    if array.dtype in (np.int16, np.float32) and array.dtype.isnative and (slope, intercept) == (1, 0):
-        return np.asarray(array), False
-    rescale = Rescale(array.dtype, slope, intercept)
-    context.claim(array.size * rescale.result_dtype.itemsize, "the volume")
-    voxels = np.empty(array.shape, rescale.result_dtype)
-    for index, part in enumerate(array):
-        values = rescale(part)
-        if voxels.dtype == np.int16 and not fits_int16(values):
-            context.claim(array.size * 4, "the volume")
-            voxels = voxels.astype(np.float32)
-        voxels[index] = values
-    return voxels, True
-
-
 def _header(kind: type, start: bytes, context: LoadContext):
     """The header as nibabel understands it, in the byte order it was written in."""
     try:
@@ -155,12 +138,12 @@ def _voxel_layout(header, context: LoadContext) -> tuple[tuple[int, int, int], n
     dims = [int(size) for size in header["dim"]]
     if not 1 <= dims[0] <= 7:
         raise context.error(f"the header says {dims[0]} dimensions", "The header is damaged: export the scan again")
-    shape = _three_axes(dims[1 : dims[0] + 1], context)
+    shape = three_axes(dims[1 : dims[0] + 1], context)
     try:
         dtype = header.get_data_dtype()
     except (HeaderDataError, KeyError) as error:
         raise context.error(f"unknown voxel type {int(header['datatype'])}", "Export it as int16") from error
-    _check_type(dtype, context)
+    check_type(dtype, context)
     if int(header["bitpix"]) != dtype.itemsize * 8:
         raise context.error(
             f"{int(header['bitpix'])} bits per voxel, but type {dtype} has {dtype.itemsize * 8}",
@@ -172,24 +155,6 @@ def _voxel_layout(header, context: LoadContext) -> tuple[tuple[int, int, int], n
     if not np.isfinite(intercept) or abs(slope) > 1e6 or abs(intercept) > 1e9:
         raise context.error(f"rescale slope {slope:g}, intercept {intercept:g}", "Repair scl_slope and scl_inter")
     return shape, dtype, slope, intercept
-
-
-def _three_axes(dims, context: LoadContext) -> tuple[int, int, int]:
-    dims = [int(size) for size in dims]
-    while len(dims) > 3 and dims[-1] == 1:
-        dims.pop()
-    if len(dims) != 3:
-        raise context.error(f"shape {tuple(dims)} is not 3-D", "Pass one volume: split a time series first")
-    if min(dims) < 1:
-        raise context.error(f"shape {tuple(dims)} is empty", "The header is damaged: export the scan again")
-    return tuple(dims)
-
-
-def _check_type(dtype: np.dtype, context: LoadContext) -> None:
-    if dtype.fields is not None:
-        raise context.error("voxels are RGB colours", "Load the CT itself, not a picture made from it")
-    if dtype.kind not in "iuf" or dtype.itemsize > 8:
-        raise context.error(f"voxels are of type {dtype}", "Export the scan as int16 or float32")
 
 
 def _millimetres(header, context: LoadContext) -> np.ndarray:
@@ -236,13 +201,6 @@ def _affine(header, context: LoadContext) -> np.ndarray:
 def _doubt_orientation(context: LoadContext) -> None:
     if context.intensity == "hu":
         context.doubt("neither sform nor qform is set: the orientation is unknown", "Write an sform into the header")
-
-
-def _check_end(stream: VoxelStream, voxels: np.ndarray, context: LoadContext) -> None:
-    """Reads one slice further: a gzip stream checks its sum at its end, and a header that promises less lies."""
-    more = stream.read(min(voxels[0].nbytes, 1 << 24) + 1)
-    if len(more) > voxels[0].nbytes:
-        context.doubt("the file holds more voxels than the header says", "The header is damaged: export it again")
 
 
 def _facts(name: str, shape, dtype: np.dtype, slope: float, intercept: float) -> dict:

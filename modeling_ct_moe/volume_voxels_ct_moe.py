@@ -19,6 +19,7 @@ The size is checked before anything is allocated; a stream that ends early, or a
 import gzip
 import io
 import os
+import zipfile
 import zlib
 from typing import BinaryIO
 
@@ -41,32 +42,46 @@ BLOCK_BYTES = 1 << 20
 
 GZIP_MAGIC = b"\x1f\x8b"
 
-_DECODE_ERRORS = (OSError, EOFError, zlib.error) + ((isal_zlib.error,) if isal_zlib else ())
+_DECODE_ERRORS = (OSError, EOFError, zlib.error, zipfile.BadZipFile) + ((isal_zlib.error,) if isal_zlib else ())
 
 
 class VoxelStream:
-    """A file read from front to back, decompressed on the way if it is gzipped.
+    """Bytes read from front to back, decompressed on the way.
 
     Args:
-        file (`BinaryIO`): seekable, at its first byte.
+        file (`BinaryIO`): seekable.
         context (`LoadContext`): for the errors.
+        start (`int`, *optional*, defaults to 0): where to begin.
+        codec (`str`, *optional*): "gzip", "zlib" or "raw"; gzip or raw by the first two bytes if it is not given.
+        stored_bytes (`int`, *optional*): how much there is, if the file is not to be asked.
     """
 
-    def __init__(self, file: BinaryIO, context: LoadContext):
+    def __init__(
+        self,
+        file: BinaryIO,
+        context: LoadContext,
+        start: int = 0,
+        codec: str | None = None,
+        stored_bytes: int | None = None,
+    ):
         self.context = context
-        self.stored_bytes = file.seek(0, os.SEEK_END)
-        file.seek(0)
-        self.gzipped = file.read(2) == GZIP_MAGIC
-        file.seek(0)
+        self.stored_bytes = file.seek(0, os.SEEK_END) - start if stored_bytes is None else stored_bytes
+        file.seek(start)
+        if codec is None:
+            codec = "gzip" if file.read(2) == GZIP_MAGIC else "raw"
+            file.seek(start)
+        self.codec = codec
         self._file = file
-        if self.gzipped:
+        if codec == "gzip":
             self._file = igzip.open(file) if igzip else io.BufferedReader(gzip.GzipFile(fileobj=file))
+        elif codec == "zlib":
+            self._file = _ZlibReader(file)
         self.position = 0
 
     @property
     def most_bytes(self) -> int:
         """More than this the stream cannot give, whatever its header says."""
-        return self.stored_bytes * (MAX_DEFLATE_RATIO if self.gzipped else 1)
+        return self.stored_bytes * (1 if self.codec == "raw" else MAX_DEFLATE_RATIO)
 
     def read(self, num_bytes: int) -> bytes:
         """Up to `num_bytes`; fewer only at the end."""
@@ -80,7 +95,7 @@ class VoxelStream:
             try:
                 count = self._file.readinto(view[filled : filled + BLOCK_BYTES])
             except _DECODE_ERRORS as error:
-                what = "the gzip stream is damaged or truncated" if self.gzipped else "the file cannot be read"
+                what = "the file cannot be read" if self.codec == "raw" else f"the {self.codec} stream is damaged"
                 raise self.context.error(
                     f"{what} after {self.position + filled} bytes ({type(error).__name__})", "Copy or export it again"
                 ) from error
@@ -98,6 +113,26 @@ class VoxelStream:
             if not count:
                 return
             num_bytes -= count
+
+
+class _ZlibReader:
+    """A zlib stream as a file: what `gzip` is for a gzip stream."""
+
+    def __init__(self, file: BinaryIO):
+        self._file = file
+        self._inflate = (isal_zlib or zlib).decompressobj()
+
+    def readinto(self, view: memoryview) -> int:
+        """Fills some of the view; 0 only at the end."""
+        while not self._inflate.eof:
+            stored = self._inflate.unconsumed_tail or self._file.read(BLOCK_BYTES)
+            data = self._inflate.decompress(stored, len(view))
+            if data:
+                view[: len(data)] = data
+                return len(data)
+            if not stored:
+                raise EOFError("the stream ends before its end marker")
+        return 0
 
 
 def read_voxels(
@@ -141,6 +176,50 @@ def read_voxels(
             voxels = voxels.astype(np.float32)
         voxels[start : start + len(part)] = values
     return voxels.reshape(shape)
+
+
+def voxels_of(array: np.ndarray, slope: float, intercept: float, context: LoadContext) -> tuple[np.ndarray, bool]:
+    """An array in memory as int16 or float32, and whether the result is a copy. The caller's array is not changed."""
+    check_type(array.dtype, context)
+    if array.dtype in (np.int16, np.float32) and array.dtype.isnative and (slope, intercept) == (1, 0):
+        return np.asarray(array), False
+    rescale = Rescale(array.dtype, slope, intercept)
+    context.claim(array.size * rescale.result_dtype.itemsize, "the volume")
+    voxels = np.empty(array.shape, rescale.result_dtype)
+    for index, part in enumerate(array):
+        values = rescale(part)
+        if voxels.dtype == np.int16 and not fits_int16(values):
+            context.claim(array.size * 4, "the volume")
+            voxels = voxels.astype(np.float32)
+        voxels[index] = values
+    return voxels, True
+
+
+def three_axes(dims, context: LoadContext) -> tuple[int, int, int]:
+    """The three dimensions of a volume; further ones may only be 1."""
+    dims = [int(size) for size in dims]
+    while len(dims) > 3 and dims[-1] == 1:
+        dims.pop()
+    if len(dims) != 3:
+        raise context.error(f"shape {tuple(dims)} is not 3-D", "Pass one volume: split a time series first")
+    if min(dims) < 1:
+        raise context.error(f"shape {tuple(dims)} is empty", "The header is damaged: export the scan again")
+    return tuple(dims)
+
+
+def check_type(dtype: np.dtype, context: LoadContext) -> None:
+    """Refuses colours, complex numbers and objects."""
+    if dtype.fields is not None:
+        raise context.error("voxels are RGB colours", "Load the CT itself, not a picture made from it")
+    if dtype.kind not in "iuf" or dtype.itemsize > 8:
+        raise context.error(f"voxels are of type {dtype}", "Export the scan as int16 or float32")
+
+
+def check_end(stream: VoxelStream, voxels: np.ndarray, context: LoadContext) -> None:
+    """Reads one slice further: a gzip stream checks its sum at its end, and a header that promises less lies."""
+    more = stream.read(min(voxels[0].nbytes, 1 << 24) + 1)
+    if len(more) > voxels[0].nbytes:
+        context.doubt("the file holds more voxels than the header says", "The header is damaged: export it again")
 
 
 class Rescale:
