@@ -66,13 +66,13 @@ def draw_slices(
         field_mm, slab_mm = np.exp(inputs["volume_scale"][0].numpy()) * (400, 5)
         letters = _side_letters(volume.affine)
         summary = (
-            f"{len(slices)} slabs of {slab_mm:.2f} mm from {len(volume.hu)} slices of {volume.spacing[0]:.2f} mm. "
+            f"Slabs: {len(slices)} of {slab_mm:.2f} mm, from {len(volume.hu)} slices of {volume.spacing[0]:.2f} mm. "
             f"Field of view {field_mm:.0f} x {field_mm:.0f} mm on {pixels} x {pixels} pixels. "
             f"{1 - inputs['patch_mask'].float().mean().item():.0%} of the patches are air."
         )
     else:
         tiles, row_titles = tiles[:, :1], row_titles[:1]  # the channels are equal
-        summary = f"{len(slices)} slabs from {len(volume.hu)} slices. Millimetres and orientation are unknown."
+        summary = f"Slabs: {len(slices)}, from {len(volume.hu)} slices. Millimetres and orientation are unknown."
     picture = _compose(tiles, [title, summary] if title else [summary], captions, row_titles, letters, field_mm)
     if out is not None:
         _save(picture, Path(out))

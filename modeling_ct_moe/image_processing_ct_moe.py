@@ -135,13 +135,13 @@ class CTMoEImageProcessor(BaseImageProcessor):
 
     @property
     def channel_names(self) -> list[str]:
-        """What each channel shows, for captions."""
+        """What each channel shows, for captions: window, centre and width, slab reduction."""
         if self.intensity == "display":
             return ["display, 0 to 1"] * 3
         names = list(WINDOW_PRESETS[self.windows]) if isinstance(self.windows, str) else ["window"] * 3
         reductions = [self.slab_reduction] * 3 if isinstance(self.slab_reduction, str) else self.slab_reduction
         return [
-            f"{name}: centre {centre:g}, width {width:g} HU, {reduction} of slab"
+            f"{name} C {centre:g} W {width:g} HU, {reduction}"
             for name, (centre, width), reduction in zip(names, _hu_windows(self.windows), reductions)
         ]
 

@@ -64,12 +64,12 @@ def test_captions_say_position_window_and_slab(monkeypatch):
     draw_slices(a_volume(), CTMoEImageProcessor(size=224, num_slices=5), columns=3, title="A scan")
     lines = " ".join(written)
     assert "A scan" in written
-    assert "5 slabs of 10.00 mm from 10 slices of 5.00 mm" in lines
+    assert "Slabs: 5 of 10.00 mm, from 10 slices of 5.00 mm" in lines
     assert "Field of view 112 x 112 mm on 224 x 224 pixels" in lines
     assert "1 of 5, +0.0 mm" in written
     assert "3 of 5, +20.0 mm" in written
     assert "5 of 5, +40.0 mm" in written
-    assert "lung: centre -600, width 1500 HU, mean of slab" in written
+    assert "lung C -600 W 1500 HU, mean" in written
     assert "10 mm" in written
     assert [written.count(letter) for letter in "RLAP"] == [9, 9, 9, 9]
 

@@ -16,6 +16,7 @@
 import json
 import math
 import tracemalloc
+from types import SimpleNamespace
 
 import nibabel as nib
 import numpy as np
@@ -377,6 +378,14 @@ def test_paths_are_loaded_and_nesting_is_kept(test_data):
     assert torch.equal(batch["pixel_values"][0], batch["pixel_values"][1])
 
 
+def test_a_volume_of_a_remote_copy_of_the_code_is_a_volume():
+    volume = a_volume()
+    twin = SimpleNamespace(hu=volume.hu, spacing=volume.spacing, affine=volume.affine, meta=volume.meta)
+    processor = CTMoEImageProcessor(**SMALL)
+    assert processor.fetch_images([twin])[0] is twin
+    assert torch.equal(processor(twin)["pixel_values"], processor(volume)["pixel_values"])
+
+
 def test_numpy_outputs():
     outputs = CTMoEImageProcessor(**SMALL)(a_volume(), return_tensors="np")
     assert all(isinstance(value, np.ndarray) for value in outputs.values())
@@ -502,6 +511,6 @@ def test_nothing_to_process_is_an_error():
 
 
 def test_captions_name_window_and_reduction():
-    assert CTMoEImageProcessor().channel_names[1] == "soft tissue: centre 40, width 400 HU, mean of slab"
+    assert CTMoEImageProcessor().channel_names[1] == "soft tissue C 40 W 400 HU, mean"
     free = CTMoEImageProcessor(windows=[(0, 1), (1, 2), (2, 3)], slab_reduction=["mean", "max", "nearest"])
-    assert free.channel_names[1] == "window: centre 1, width 2 HU, max of slab"
+    assert free.channel_names[1] == "window C 1 W 2 HU, max"
