@@ -215,6 +215,13 @@ class CTMoEImageProcessor(BaseImageProcessor):
         spacing_z, spacing_y, spacing_x = volume.spacing
         height, width = size["height"], size["width"]
         is_hu = intensity == "hu"
+        loaded_as = volume.meta.get("intensity", intensity)
+        if loaded_as != intensity:
+            raise VolumeError(
+                "images",
+                f'a volume loaded with intensity="{loaded_as}" for a processor with intensity="{intensity}"',
+                "Use the same for both",
+            )
 
         extent_mm = depth * spacing_z
         # No millimetres are known of a display volume. 10 micrometres forgive the rounding of a stored affine.

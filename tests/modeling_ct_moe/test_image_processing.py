@@ -321,6 +321,13 @@ def test_display_refuses_what_is_not_scaled():
         CTMoEImageProcessor(intensity="display")(volume)
 
 
+@pytest.mark.parametrize(("loaded", "wanted"), [("display", "hu"), ("hu", "display")])
+def test_a_volume_loaded_for_the_other_intensity_is_refused(loaded, wanted):
+    volume = Volume(np.zeros((2, 20, 20), dtype=np.float32), (1.0, 1.0, 1.0), meta={"intensity": loaded})
+    with pytest.raises(VolumeError, match=f'loaded with intensity="{loaded}"'):
+        CTMoEImageProcessor(intensity=wanted)(volume)
+
+
 # ---- body crop
 
 
