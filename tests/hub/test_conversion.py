@@ -102,6 +102,40 @@ def test_a_conversion_that_changes_the_logits_is_an_error(base, tmp_path, monkey
     assert _names(tmp_path) == ["base"]
 
 
+# Widths of CLIP ViT-L/14-336, Phi-3-mini and Llama-7B (of LLaVA 1.5); few layers.
+CLIP_LARGE = {
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "projection_dim": 768,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 16,
+    "image_size": 336,
+    "patch_size": 14,
+}
+REAL_WIDTHS = {
+    "phi3": {"hidden_size": 3072, "intermediate_size": 8192, "num_attention_heads": 32, "num_key_value_heads": 32},
+    "llama": {"hidden_size": 4096, "intermediate_size": 11008, "num_attention_heads": 32, "num_key_value_heads": 32},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("text_model", "dtype"), [("phi3", torch.float32), ("llama", torch.bfloat16)])
+def test_parity_at_real_widths(tmp_path, text_model, dtype):
+    text = {**REAL_WIDTHS[text_model], "vocab_size": 32064, "num_hidden_layers": 2}
+    base = build_tiny_base(tmp_path / "base", text_model=text_model, vision=CLIP_LARGE, text=text, dtype=dtype)
+    report = convert_base(base, tmp_path / "out", progress=False)
+    print(report)
+    inputs = _one_slice(base)
+    with torch.no_grad():
+        expected = LlavaForConditionalGeneration.from_pretrained(base, dtype=torch.float32)(**inputs).logits
+        model = CTMoEForConditionalGeneration.from_pretrained(tmp_path / "out", dtype=torch.float32)
+        logits = _run_converted(model, inputs)
+    assert model.config.vision_config.moe_layers  # of the three layers that are read, two are volume layers
+    torch.testing.assert_close(logits, expected, rtol=0, atol=1e-5)
+    assert report.parity.max_abs_difference <= 1e-5
+    assert report.parity.max_abs_logit > 1
+
+
 # --- every tensor accounted for ---
 
 
