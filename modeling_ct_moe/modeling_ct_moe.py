@@ -20,6 +20,7 @@ routed tokens.
 
 import math
 from collections.abc import Callable
+from copy import copy
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -1065,6 +1066,12 @@ class CTMoEForConditionalGeneration(CTMoEPreTrainedModel, GenerationMixin):
             slice_mask=slice_mask,
             slice_positions=slice_positions,
             patch_mask=patch_mask,
+    def _expand_multimodal_outputs(self, input_ids, mm_encoder_output, **kwargs) -> dict[str, CTMoEImageFeatures]:
+        # The library writes one entry per beam into the caller's own features. A copy keeps them for another question.
+        return super()._expand_multimodal_outputs(
+            input_ids, {name: copy(features) for name, features in mm_encoder_output.items()}, **kwargs
+        )
+
             volume_scale=volume_scale,
             guide_input_ids=guide_input_ids,
             guide_attention_mask=guide_attention_mask,
