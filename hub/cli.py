@@ -25,7 +25,7 @@ import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -43,7 +43,8 @@ app = typer.Typer(
 ModelOption = Annotated[str, typer.Option("--model", "-m", help="Folder made by `ct-moe convert`, or a Hub id.")]
 RevisionOption = Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub repository.")]
 CheckOption = Annotated[
-    str, typer.Option(help="Values that are not those of a CT scan: refuse, warn about, or load (off).")
+    Literal["refuse", "warn", "off"],
+    typer.Option(help="Values that are not those of a CT scan: refuse them, warn about them, or load without a look."),
 ]
 
 
@@ -147,12 +148,10 @@ def report(
 @app.command("tiny-base")
 def tiny_base(
     out: Annotated[Path, typer.Argument(help="New folder for the base.")],
-    text_model: Annotated[str, typer.Option(help="Language model: phi3 or llama.")] = "phi3",
+    text_model: Annotated[Literal["phi3", "llama"], typer.Option(help="Language model.")] = "phi3",
     seed: Annotated[int, typer.Option(help="Seed of the random weights.")] = 0,
 ) -> None:
     """Build a LLaVA base of a few MB with random weights, to try the other commands on."""
-    if text_model not in ("phi3", "llama"):
-        raise CTMoEError("--text-model", f"{text_model!r} is unknown", "Choose phi3 or llama")
     with _quiet_libraries():
         from ct_moe.hub.tiny_base import build_tiny_base
 

@@ -62,11 +62,10 @@ def open_reporter(
     try:
         config, _ = PreTrainedConfig.get_config_dict(model, revision=revision)
         if config.get("model_type") != "ct_moe":
-            raise ModelError(
-                model,
-                f"a model of type {config.get('model_type')!r}, not 'ct_moe'",
-                "Convert it first: ct-moe convert BASE OUT",
+            found = (
+                f"a model of type {config['model_type']!r}" if "model_type" in config else "no config.json of a model"
             )
+            raise ModelError(model, f"{found}, not 'ct_moe'", "Convert a base first: ct-moe convert BASE OUT")
         processor = CTMoEProcessor.from_pretrained(model, revision=revision)
         network = CTMoEForConditionalGeneration.from_pretrained(model, revision=revision, dtype=dtype)
         return CTReportPipeline(model=network.eval(), processor=processor, task="ct-report", device=_device(device))

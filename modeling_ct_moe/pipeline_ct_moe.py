@@ -119,6 +119,7 @@ class CTReportPipeline(Pipeline):
         for name, value in (("question", question), ("context", context)):
             if value is not None and not value.strip():
                 raise PromptError(name, "holds only spaces", "Write something, or leave it out")
+        self.processor.task_id(task)  # refuses an unknown name
         if generation.get("num_return_sequences", 1) != 1:
             raise PromptError("num_return_sequences", "more than one text per scan", "Leave it at 1")
         preprocess = {"question": question, "context": context, "task": task}

@@ -94,7 +94,7 @@ class CTMoEProcessor(ProcessorMixin):
         rows = [row for row, sample in enumerate(text) for _ in range(sample.count(self.image_token))]
         routing = self._guide_inputs([_per_text("guide", guide, text)[row] for row in rows])
         if task is not None:
-            routing["task_ids"] = torch.tensor([self._task_id(_per_text("task", task, text)[row]) for row in rows])
+            routing["task_ids"] = torch.tensor([self.task_id(_per_text("task", task, text)[row]) for row in rows])
         as_numpy = isinstance(outputs["pixel_values"], torch.Tensor) is False
         return BatchFeature({**outputs, **{k: v.numpy() if as_numpy else v for k, v in routing.items()}})
 
@@ -107,6 +107,14 @@ class CTMoEProcessor(ProcessorMixin):
         return super().apply_chat_template(
             conversation, chat_template=chat_template, processor_kwargs=processor_kwargs, **kwargs
         )
+
+    def task_id(self, task: str | None) -> int:
+        """Index of a task in `tasks`, -100 for `None`; PromptError for an unknown name."""
+        if task is None:
+            return UNLABELLED
+        if task not in self.tasks:
+            raise PromptError("task", f"{task!r} is unknown", f"Choose one of {', '.join(self.tasks) or 'none'}")
+        return self.tasks.index(task)
 
     def prepare_inputs_layout(self, images=None, text=None, videos=None, audio=None, **kwargs):
         # Scans are not fetched here but by the image processor, which drops each one as soon as it is processed.
@@ -160,13 +168,6 @@ class CTMoEProcessor(ProcessorMixin):
             input_ids[index, : len(row)] = row
             attention_mask[index, : len(row)] = 1
         return {"guide_input_ids": input_ids, "guide_attention_mask": attention_mask}
-
-    def _task_id(self, task: str | None) -> int:
-        if task is None:
-            return UNLABELLED
-        if task not in self.tasks:
-            raise PromptError("task", f"{task!r} is unknown", f"Choose one of {', '.join(self.tasks) or 'none'}")
-        return self.tasks.index(task)
 
 
 def last_user_text(messages: list[dict[str, Any]], image_token: str) -> str | None:

@@ -15,3 +15,14 @@ def test_data() -> Path:
         reason = f"no test data in {folder}: set CT_MOE_TEST_DATA to the folder that holds MANIFEST.md"
         pytest.fail(reason) if os.environ.get("CI") else pytest.skip(reason)
     return folder
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory) -> Path:
+    """A converted tiny base with the settings of a new model, to be read only."""
+    from ct_moe.hub.conversion import convert_base
+    from ct_moe.hub.tiny_base import build_tiny_base
+
+    folder = tmp_path_factory.mktemp("tiny")
+    convert_base(build_tiny_base(folder / "base"), folder / "model", parity=False, progress=False)
+    return folder / "model"

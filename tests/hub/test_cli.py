@@ -1,0 +1,204 @@
+# Copyright 2026 The CT-MoE authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Command line: what it prints, writes and returns, and how it fails."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from ct_moe import CTMoEError, ModelError
+from ct_moe.hub.cli import app, main
+
+
+@pytest.fixture
+def scan(test_data):
+    return str(test_data / "totalseg" / "example_ct_sm.nii.gz")
+
+
+def invoke(*arguments, **kwargs):
+    return CliRunner().invoke(app, [str(argument) for argument in arguments], **kwargs)
+
+
+def fail(monkeypatch, capsys, *arguments) -> str:
+    """Run the entry point on arguments that must fail: the one line it leaves on stderr."""
+    monkeypatch.setattr(sys, "argv", ["ct-moe", *map(str, arguments)])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert stopped.value.code == 1
+    error = capsys.readouterr().err
+    assert "Traceback" not in error
+    return error.splitlines()[-1]
+
+
+def test_help_imports_neither_torch_nor_transformers():
+    code = (
+        "import sys; sys.argv = ['ct-moe', '--help']\n"
+        "from ct_moe.hub.cli import main\n"
+        "try: main()\n"
+        "except SystemExit as stop: print(stop.code, sorted({'torch', 'transformers', 'nibabel'} & set(sys.modules)))"
+    )
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert "report" in result.stdout
+    assert result.stdout.splitlines()[-1] == "0 []"
+
+
+def test_tiny_base_is_built_and_converted(tmp_path):
+    assert invoke("tiny-base", tmp_path / "base").exit_code == 0
+    settings = ["--set", "num_experts=2", "--set", 'tasks=["report"]', "--set", "guide_interaction=bias"]
+    result = invoke("convert", tmp_path / "base", tmp_path / "model", *settings)
+    assert result.exit_code == 0
+    assert "parity with the base: largest logit difference" in result.stdout
+    config = json.loads((tmp_path / "model" / "config.json").read_text())
+    assert config["tasks"] == ["report"]
+    assert config["vision_config"]["num_experts"] == 2
+    assert config["vision_config"]["guide_interaction"] == "bias"
+
+
+def test_report_goes_on_after_a_bad_scan_and_records_it(model_folder, scan, test_data, tmp_path):
+    out = tmp_path / "reports.jsonl"
+    bad = test_data / "totalseg" / "example_mr_sm.nii.gz"
+    arguments = ["report", bad, scan, "gone.nii", "-m", model_folder, "--max-new-tokens", 4]
+    result = invoke(*arguments, "--batch-size", 2, "--out", out)
+    assert result.exit_code == 1
+    records = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [record["scan"] for record in records] == [str(bad), scan, "gone.nii"]
+    assert "this is not CT" in records[0]["error"]
+    assert records[1]["task"] == "report"
+    assert records[2].keys() == {"scan", "error"}
+    assert records[2]["error"].startswith("gone.nii: no such file")
+    assert "2 of 3 scans failed" in result.stderr
+    assert f"{scan}: 18 slices, 5 mm slabs, task report" in result.stdout
+    assert invoke(*arguments, "--allow-failures").exit_code == 0
+    assert [path.name for path in tmp_path.iterdir()] == ["reports.jsonl"]
+
+
+def test_batches_and_single_scans_give_the_same_records(model_folder, test_data, tmp_path):
+    scans = [test_data / "totalseg" / name for name in ("example_ct_sm.nii.gz", "aorta_ct_cropped.nii.gz")]
+    for size in (1, 2):
+        arguments = ["-m", model_folder, "--max-new-tokens", 4, "--batch-size", size, "--routing"]
+        assert invoke("report", *scans, *arguments, "--out", tmp_path / f"{size}.jsonl").exit_code == 0
+    first, second = (
+        [json.loads(line) for line in (tmp_path / f"{size}.jsonl").read_text().splitlines()] for size in (1, 2)
+    )
+    for one, two in zip(first, second, strict=True):
+        assert one.pop("routing").keys() == two.pop("routing").keys()  # floats differ in the last bits
+        assert one == two
+
+
+def test_questions_are_answered_and_streamed(model_folder, scan):
+    arguments = ["report", scan, "-m", model_folder, "--question", "Is there a stone?", "--max-new-tokens", 6]
+    told, streamed = invoke(*arguments), invoke(*arguments, "--stream")
+    assert told.exit_code == streamed.exit_code == 0
+    answer = next(line for line in told.stdout.splitlines() if line.startswith("Answer: ")).removeprefix("Answer: ")
+    assert answer in streamed.stdout
+    assert "Answer:" not in streamed.stdout
+
+
+def test_values_that_are_not_ct_can_be_let_through(model_folder, test_data):
+    bad = test_data / "totalseg" / "example_mr_sm.nii.gz"
+    result = invoke("report", bad, "-m", model_folder, "--max-new-tokens", 2, "--check", "warn")
+    assert result.exit_code == 0
+    assert "not CT" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--question", "  "], "question: holds only spaces"),
+        (["--task", "surgery"], "task: 'surgery' is unknown"),
+        (["--stream", "--batch-size", "2"], "--stream: cannot follow several texts"),
+        (["--device", "tpu:9"], "device: 'tpu:9' cannot be used here"),
+        (["--dtype", "float33"], "dtype: 'float33' is no dtype"),
+    ],
+)
+def test_bad_requests_end_in_one_line(monkeypatch, capsys, model_folder, scan, arguments, message, tmp_path):
+    out = tmp_path / "out.jsonl"
+    line = fail(monkeypatch, capsys, "report", scan, "-m", model_folder, "--out", out, *arguments)
+    assert line.startswith(f"ct-moe: error: {message}")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_models_that_are_no_ct_moe_are_named(monkeypatch, capsys, model_folder, scan, tmp_path):
+    other = tmp_path / "other"
+    other.mkdir()
+    assert "no such folder" in fail(monkeypatch, capsys, "report", scan, "-m", tmp_path / "gone")
+    assert "config.json" in fail(monkeypatch, capsys, "report", scan, "-m", other)
+    (other / "config.json").write_text('{"model_type": "bert"}')
+    line = fail(monkeypatch, capsys, "report", scan, "-m", other)
+    assert line == (
+        f"ct-moe: error: {other}: a model of type 'bert', not 'ct_moe'. Convert a base first: ct-moe convert BASE OUT."
+    )
+
+
+def test_a_damaged_model_is_named(monkeypatch, capsys, model_folder, scan, tmp_path):
+    damaged = tmp_path / "damaged"
+    damaged.mkdir()
+    for path in model_folder.iterdir():
+        if path.name != "model.safetensors":
+            (damaged / path.name).symlink_to(path)
+    assert "model.safetensors" in fail(monkeypatch, capsys, "report", scan, "-m", damaged)
+    (damaged / "model.safetensors").write_bytes((model_folder / "model.safetensors").read_bytes()[:5000])
+    assert fail(monkeypatch, capsys, "report", scan, "-m", damaged).startswith(f"ct-moe: error: {damaged}: ")
+
+
+def test_existing_output_is_not_overwritten(monkeypatch, capsys, model_folder, scan, tmp_path):
+    out = tmp_path / "reports.jsonl"
+    out.write_text("mine\n")
+    assert "exists" in fail(monkeypatch, capsys, "report", scan, "-m", model_folder, "--out", out)
+    assert out.read_text() == "mine\n"
+
+
+def test_unsupported_bases_are_refused_by_name(monkeypatch, capsys, tmp_path):
+    base = tmp_path / "base"
+    base.mkdir()
+    (base / "config.json").write_text('{"model_type": "llava_next"}')
+    line = fail(monkeypatch, capsys, "convert", base, tmp_path / "out")
+    assert "llava_next" in line
+    assert "clip_vision_model" in line
+    assert not (tmp_path / "out").exists()
+
+
+def test_interrupted_jobs_keep_whole_records(tmp_path):
+    from ct_moe.hub.reporting import write_jsonl
+
+    def records():
+        yield {"scan": "a"}
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        list(write_jsonl(records(), tmp_path / "out.jsonl"))
+    assert (tmp_path / "out.jsonl").read_text() == '{"scan": "a"}\n'
+    with pytest.raises(ModelError, match="cannot be written"):
+        list(write_jsonl([{}], tmp_path / "no" / "out.jsonl"))
+
+
+def test_errors_survive_pickling_and_say_all_three_parts():
+    import pickle
+
+    error = pickle.loads(pickle.dumps(ModelError("scan.nii", "is empty", "Export it again")))
+    assert isinstance(error, CTMoEError)
+    assert isinstance(error, ValueError)
+    assert str(error) == "scan.nii: is empty. Export it again."
+    assert (error.subject, error.finding, error.remedy) == ("scan.nii", "is empty", "Export it again")
+
+
+def test_version_is_the_packages(capsys):
+    from importlib.metadata import version
+
+    assert invoke("--version").stdout == f"ct-moe {version('ct-moe')}\n"
+    assert Path(sys.executable).parent.joinpath("ct-moe").exists()

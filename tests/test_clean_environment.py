@@ -1,0 +1,108 @@
+# Copyright 2026 The CT-MoE authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""What a user gets: a saved folder without this package, and this package without its training extras."""
+
+import json
+import os
+import subprocess
+import sys
+import venv
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+
+pytestmark = pytest.mark.slow
+ROOT = Path(__file__).parents[1]
+SCRIPT = ROOT / "tests" / "use_auto_classes.py"
+
+
+@pytest.fixture(scope="module")
+def environments(tmp_path_factory):
+    """Two new virtual environments: what the model card asks for, and this package from its wheel."""
+    folder = tmp_path_factory.mktemp("environments")
+    pythons = {}
+    for name, packages in {
+        "without_package": ["torch", "transformers", "nibabel", "jinja2"],
+        "inference": [str(ROOT)],
+    }.items():
+        venv.create(folder / name, with_pip=True)
+        pythons[name] = folder / name / "bin" / "python"
+        pip = [pythons[name], "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+        subprocess.run([*pip, "-c", ROOT / "constraints.txt", *packages], check=True)
+    return pythons
+
+
+def run(command: list, folder: Path, **variables) -> subprocess.CompletedProcess:
+    """Offline, with empty caches, outside the checkout."""
+    caches = {"HF_HOME": str(folder / "hf"), "HF_MODULES_CACHE": str(folder / "modules"), "HF_HUB_OFFLINE": "1"}
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    return subprocess.run(
+        [str(part) for part in command],
+        cwd=folder,
+        env={**environment, **caches, **variables},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+
+def test_folder_loads_without_the_package_and_gives_the_same_bits(environments, model_folder, test_data, tmp_path):
+    scan = test_data / "totalseg" / "example_ct_sm.nii.gz"
+    printed, tensors = {}, {}
+    for mode, python in (("remote", environments["without_package"]), ("library", sys.executable)):
+        out = tmp_path / f"{mode}.safetensors"
+        result = run([python, SCRIPT, mode, model_folder, scan, out], tmp_path)
+        assert result.returncode == 0, result.stderr
+        printed[mode] = json.loads(result.stdout.splitlines()[-1])
+        tensors[mode] = load_file(out)
+    assert tensors["remote"].keys() == tensors["library"].keys()
+    for name, tensor in tensors["library"].items():
+        assert torch.equal(tensor, tensors["remote"][name]), name
+    assert torch.equal(tensors["remote"]["AutoModel"], tensors["remote"]["AutoModelForImageTextToText"])
+    assert printed["remote"] == printed["library"]
+    assert printed["remote"]["model_type"] == "ct_moe"
+    assert printed["remote"]["report"]["task"] == "report"
+
+
+def test_inference_needs_no_training_packages(environments, model_folder, test_data, tmp_path):
+    python = environments["inference"]
+    packages = json.loads(run([python, "-m", "pip", "list", "--format", "json"], tmp_path).stdout)
+    installed = {package["name"].lower() for package in packages}
+    assert not installed & {"trl", "peft", "datasets", "accelerate", "pytest", "torchvision"}
+    scan = test_data / "totalseg" / "example_ct.nii.gz"
+    report = run([python.parent / "ct-moe", "report", scan, "-m", model_folder, "--max-new-tokens", 5], tmp_path)
+    assert report.returncode == 0, report.stderr
+    assert "task report" in report.stdout
+
+
+def test_demo_runs_on_a_real_scan_and_on_its_own(environments, test_data, tmp_path):
+    python, demo = environments["inference"], ROOT / "examples" / "demo.py"
+    for scan in (["--scan", test_data / "totalseg" / "aorta_ct_cropped.nii.gz"], []):
+        out = tmp_path / f"out{len(scan)}"
+        result = run([python, demo, *scan, "--out", out], tmp_path)
+        assert result.returncode == 0, result.stderr
+        assert "UNTRAINED" in result.stdout
+        assert "largest logit difference" in result.stdout
+        assert json.loads((out / "report.json").read_text())["slab_mm"] == 5.0
+        assert (out / "slices.png").stat().st_size > 10_000
+
+
+def test_demo_names_a_scan_that_is_missing(environments, tmp_path):
+    result = run([environments["inference"], ROOT / "examples" / "demo.py", "--scan", "no.nii"], tmp_path)
+    assert result.returncode == 1
+    assert len(result.stderr.splitlines()) == 1
+    assert result.stderr.startswith("demo: error: no.nii: no such file")
