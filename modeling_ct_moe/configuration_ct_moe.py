@@ -42,7 +42,7 @@ class CTMoEVisionConfig(PreTrainedConfig):
         Norms inside the layers: `"layer_norm"` or `"rms_norm"` (InternViT-6B).
     qk_norm (`bool`, *optional*, defaults to `False`):
         Whether queries and keys pass an RMS norm over the full width before they are split into heads (InternViT-6B).
-    layer_scale (`bool`, *optional*, defaults to `False`):
+    use_layer_scale (`bool`, *optional*, defaults to `False`):
         Whether both residual branches are scaled by a learned vector (InternViT).
     feature_layer (`int`, *optional*, defaults to -2):
         Index into the base's hidden states (0 is the embedding output) that the language model reads. Layers above
@@ -97,7 +97,7 @@ class CTMoEVisionConfig(PreTrainedConfig):
     post_layernorm: bool = False
     norm_type: Literal["layer_norm", "rms_norm"] = "layer_norm"
     qk_norm: bool = False
-    layer_scale: bool = False
+    use_layer_scale: bool = False
 
     feature_layer: int = -2
     volume_layers: list[int] | None = None

@@ -45,7 +45,7 @@ from .errors_ct_moe import ModelError, PromptError
 
 
 # Which ViT takes which side of these is said where the config declares them.
-# trf-ignore: TRF041 config.qk_norm, config.norm_type, config.layer_scale
+# trf-ignore: TRF041 config.qk_norm, config.norm_type, config.use_layer_scale
 # trf-ignore: TRF041 config.pre_layernorm, config.post_layernorm, config.router_jitter
 
 
@@ -110,7 +110,7 @@ class CTMoERoutingOutput(ModelOutput):
         One float32 tensor of shape `(num_volumes, num_slices * num_tokens, routed_experts)` per MoE layer: the shared
         router's logits, then those of the router of the volume's task group.
     token_mask (`torch.Tensor` of shape `(num_volumes, num_slices * num_tokens)`):
-        True for the tokens that were routed: neither air nor padding.
+        1 for the tokens that were routed: neither air nor padding.
     task_logits (`torch.Tensor` of shape `(num_volumes, num_tasks)`, *optional*):
         The task router's float32 logits.
     task_index (`torch.Tensor` of shape `(num_volumes,)`, *optional*):
@@ -157,11 +157,14 @@ class CTMoEModelOutputWithPast(BaseModelOutputWithPast):
     r"""
     image_hidden_states (`torch.Tensor` of shape `(num_visual_tokens, text_hidden_size)`, *optional*):
         The visual tokens of all volumes, one after the other.
+    router_logits (`tuple[torch.Tensor]`, *optional*, returned when `output_router_logits=True`):
+        The vision encoder's router logits, as in `routing`.
     routing (`CTMoERoutingOutput`, *optional*):
         How the volumes were routed.
     """
 
     image_hidden_states: torch.Tensor | None = None
+    router_logits: tuple[torch.Tensor] | None = None
     routing: CTMoERoutingOutput | None = None
 
 
@@ -177,6 +180,8 @@ class CTMoECausalLMOutputWithPast(ModelOutput):
         Keys and values of the language model.
     image_hidden_states (`torch.Tensor` of shape `(num_visual_tokens, text_hidden_size)`, *optional*):
         The visual tokens of all volumes, one after the other.
+    router_logits (`tuple[torch.Tensor]`, *optional*, returned when `output_router_logits=True`):
+        The vision encoder's router logits, as in `routing`.
     routing (`CTMoERoutingOutput`, *optional*):
         How the volumes were routed.
     """
@@ -187,6 +192,7 @@ class CTMoECausalLMOutputWithPast(ModelOutput):
     hidden_states: tuple[torch.Tensor] | None = None
     attentions: tuple[torch.Tensor] | None = None
     image_hidden_states: torch.Tensor | None = None
+    router_logits: tuple[torch.Tensor] | None = None
     routing: CTMoERoutingOutput | None = None
 
 
@@ -484,19 +490,24 @@ class CTMoEVisionLayer(GradientCheckpointingLayer):
         self.layer_norm2 = norm(config.hidden_size, eps=config.layer_norm_eps)
         # CODEPATH: layers outside moe_layers, and all layers of the dense ablation, have an FFN only.
         self.moe = CTMoETextGuidedMoE(config) if layer_idx in config.moe_layers else None
-        self.layer_scale1 = nn.Parameter(torch.empty(config.hidden_size)) if config.layer_scale else None
-        self.layer_scale2 = nn.Parameter(torch.empty(config.hidden_size)) if config.layer_scale else None
+        self.layer_scale1 = nn.Parameter(torch.empty(config.hidden_size)) if config.use_layer_scale else None
+        self.layer_scale2 = nn.Parameter(torch.empty(config.hidden_size)) if config.use_layer_scale else None
 
     def forward(
         self,
         hidden_states: torch.Tensor,
-        routing: CTMoERouting,
         num_slices: int,
+        *routing: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
         position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """`(V * S, N, D)` in and out, and a MoE layer's router logits. Mask and positions are for volume layers."""
+        """`(V * S, N, D)` in and out, and a MoE layer's router logits. Mask and positions are for volume layers.
+
+        The fields of `CTMoERouting` come one by one: reentrant checkpointing gives a gradient to tensors among the
+        positional arguments only.
+        """
+        routing = CTMoERouting(*routing)
         slice_shape = hidden_states.shape
         volume_shape = (-1, num_slices * slice_shape[1], slice_shape[2])
         if self.is_volume_layer:
@@ -612,6 +623,7 @@ class CTMoEVisionModel(CTMoEPreTrainedModel):
     _can_record_outputs = {
         "hidden_states": OutputRecorder(CTMoEVisionLayer, num_hidden_layers_key="num_read_layers"),
         "attentions": CTMoEVisionAttention,
+        "router_logits": OutputRecorder(CTMoEVisionLayer, index=1),
     }
 
     def __init__(self, config: CTMoEVisionConfig):
@@ -686,8 +698,8 @@ class CTMoEVisionModel(CTMoEPreTrainedModel):
                 prefix = hidden_states
             hidden_states, layer_logits = layer(
                 hidden_states,
-                routing,
                 num_slices,
+                *routing,
                 attention_mask=attention_mask,
                 position_embeddings=position_embeddings,
                 **kwargs,
@@ -699,7 +711,7 @@ class CTMoEVisionModel(CTMoEPreTrainedModel):
         return CTMoEVisionOutput(
             last_hidden_state=self.post_layernorm(hidden_states).view(slice_shape),
             router_logits=router_logits or None,
-            token_mask=routing.token_mask,
+            token_mask=routing.token_mask.long(),
             prefix_hidden_states=prefix.view(slice_shape) if output_prefix_hidden_states else None,
         )
 
@@ -1012,6 +1024,7 @@ class CTMoEModel(CTMoEPreTrainedModel):
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             image_hidden_states=image_hidden_states,
+            router_logits=None if features is None else features.routing.router_logits,
             routing=None if features is None else features.routing,
         )
 
@@ -1019,6 +1032,7 @@ class CTMoEModel(CTMoEPreTrainedModel):
 @auto_docstring(custom_intro="CT-MoE with its language modeling head: reports and answers from CT volumes.")
 class CTMoEForConditionalGeneration(CTMoEPreTrainedModel, GenerationMixin):
     _tied_weights_keys = {"lm_head.weight": "model.language_model.embed_tokens.weight"}
+    _tp_plan = {"lm_head": "colwise_gather_output"}
     # Every saved folder carries its own code, checkpoints in the middle of a training run included.
     _auto_class = "AutoModel"
 
@@ -1101,6 +1115,7 @@ class CTMoEForConditionalGeneration(CTMoEPreTrainedModel, GenerationMixin):
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             image_hidden_states=outputs.image_hidden_states,
+            router_logits=outputs.router_logits,
             routing=outputs.routing,
         )
 

@@ -48,7 +48,7 @@ SIGLIP = {
 INTERNVIT = {
     "patch_bias": True,
     "pre_layernorm": False,
-    "layer_scale": True,
+    "use_layer_scale": True,
     "hidden_act": "gelu",
     "layer_norm_eps": 1e-6,
 }
@@ -171,7 +171,7 @@ def test_slice_layers_see_the_slices_of_a_volume_one_by_one():
         ("patch_bias", False),
         ("norm_type", "layer_norm"),
         ("qk_norm", False),
-        ("layer_scale", False),
+        ("use_layer_scale", False),
         ("attention_bias", False),
         ("pre_layernorm", False),
         ("class_token", False),
@@ -185,7 +185,7 @@ def test_no_field_is_without_effect(field, value):
         "patch_bias": CASES["InternViT-6B"],
         "norm_type": CASES["InternViT-6B"],
         "qk_norm": CASES["InternViT-6B"],
-        "layer_scale": CASES["InternViT-6B"],
+        "use_layer_scale": CASES["InternViT-6B"],
         "attention_bias": CASES["InternViT-300M"],
         "post_layernorm": CASES["SigLIP, after its last norm"],
     }.get(field, CASES["CLIP, second to last layer"])
