@@ -145,6 +145,50 @@ def report(
             raise typer.Exit(1)
 
 
+@app.command()
+def view(
+    scan: Annotated[str, typer.Argument(help="A scan: a file, or a folder that holds one series.")],
+    out: Annotated[Path, typer.Option(help="PNG to write.")],
+    model: Annotated[
+        str | None, typer.Option("--model", "-m", help="Folder or Hub id whose settings to show; by default ours.")
+    ] = None,
+    windows: Annotated[str | None, typer.Option(help="Preset: chest, abdomen, head or wide.")] = None,
+    columns: Annotated[int, typer.Option(min=1, help="Slices to show.")] = 6,
+    check: CheckOption = "refuse",
+    revision: RevisionOption = None,
+) -> None:
+    """Draw what the model will see of a scan: its slices in every window, with sides and millimetres."""
+    with _quiet_libraries():
+        from ct_moe import CTMoEImageProcessor, load_volume
+        from ct_moe.hub.picture import draw_slices
+
+        settings = {} if windows is None else {"windows": windows}
+        if model is None:
+            processor = CTMoEImageProcessor(**settings)
+        else:
+            processor = CTMoEImageProcessor.from_pretrained(model, revision=revision, **settings)
+        volume = load_volume(scan, check=check, intensity=processor.intensity, reorient=processor.reorient)
+        for warning in volume.meta["warnings"]:
+            _warn(f"{scan}: {warning}")
+        draw_slices(volume, processor, out, columns=columns, title="What the model sees")
+    print(f"Wrote {out}")
+
+
+@app.command()
+def inspect(
+    scan: Annotated[str, typer.Argument(help="A scan: a file, or a folder that holds one series.")],
+    as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
+) -> None:
+    """Print a scan's shape, spacing, orientation, HU range and all that is odd about it. Exit code 1 if refused."""
+    with _quiet_libraries():
+        from ct_moe.hub.inspection import inspect_scan, inspection_text
+
+        description = inspect_scan(scan)
+    print(json.dumps(description, indent=2) if as_json else inspection_text(description))
+    if description["refused"] is not None:
+        raise typer.Exit(1)
+
+
 @app.command("tiny-base")
 def tiny_base(
     out: Annotated[Path, typer.Argument(help="New folder for the base.")],

@@ -202,3 +202,41 @@ def test_version_is_the_packages(capsys):
 
     assert invoke("--version").stdout == f"ct-moe {version('ct-moe')}\n"
     assert Path(sys.executable).parent.joinpath("ct-moe").exists()
+
+
+def test_inspect_tells_geometry_and_densities(scan):
+    description = json.loads(invoke("inspect", scan, "--json").stdout)
+    assert description["shape"] == [30, 101, 122]
+    assert description["spacing_mm"] == [3.0, 3.0, 3.0]
+    assert description["stored_orientation"] == "RAS"
+    assert (description["hu"]["minimum"], description["hu"]["maximum"]) == (-1100, 1207)
+    assert description["refused"] is None
+    text = invoke("inspect", scan)
+    assert text.exit_code == 0
+    assert "30 slices of 101 x 122 pixels" in text.stdout
+
+
+def test_inspect_shows_a_refused_scan_and_says_why(test_data):
+    result = invoke("inspect", test_data / "niivue" / "CT_pitch.nii.gz")
+    assert result.exit_code == 1
+    assert "REFUSED      values from 0 to 255 are grey levels" in result.stdout
+    assert "16.5 degrees" in result.stdout
+
+
+def test_view_draws_what_the_model_sees(scan, model_folder, tmp_path):
+    from PIL import Image
+
+    result = invoke("view", scan, "--out", tmp_path / "ours.png", "--windows", "abdomen", "--columns", 3)
+    assert result.exit_code == 0
+    assert invoke("view", scan, "--out", tmp_path / "models.png", "-m", model_folder, "--columns", 3).exit_code == 0
+    widths = []
+    for name in ("ours.png", "models.png"):
+        with Image.open(tmp_path / name) as picture:
+            widths.append(picture.width)
+    assert widths[0] > widths[1]  # 336 pixels a slice, and 4 x 56
+
+
+def test_view_of_an_unknown_preset_leaves_nothing(monkeypatch, capsys, scan, tmp_path):
+    line = fail(monkeypatch, capsys, "view", scan, "--out", tmp_path / "a.png", "--windows", "liver")
+    assert "chest" in line
+    assert list(tmp_path.iterdir()) == []
