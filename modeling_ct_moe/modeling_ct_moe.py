@@ -1051,6 +1051,12 @@ class CTMoEForConditionalGeneration(CTMoEPreTrainedModel, GenerationMixin):
     ) -> tuple | CTMoEImageFeatures:
         return self.model.get_image_features(pixel_values=pixel_values, **kwargs)
 
+    def _expand_multimodal_outputs(self, input_ids, mm_encoder_output, **kwargs) -> dict[str, CTMoEImageFeatures]:
+        # The library writes one entry per beam into the caller's own features. A copy keeps them for another question.
+        return super()._expand_multimodal_outputs(
+            input_ids, {name: copy(features) for name, features in mm_encoder_output.items()}, **kwargs
+        )
+
     @can_return_tuple
     @auto_docstring(custom_args=VOLUME_ARGS)
     def forward(
@@ -1080,12 +1086,6 @@ class CTMoEForConditionalGeneration(CTMoEPreTrainedModel, GenerationMixin):
             slice_mask=slice_mask,
             slice_positions=slice_positions,
             patch_mask=patch_mask,
-    def _expand_multimodal_outputs(self, input_ids, mm_encoder_output, **kwargs) -> dict[str, CTMoEImageFeatures]:
-        # The library writes one entry per beam into the caller's own features. A copy keeps them for another question.
-        return super()._expand_multimodal_outputs(
-            input_ids, {name: copy(features) for name, features in mm_encoder_output.items()}, **kwargs
-        )
-
             volume_scale=volume_scale,
             guide_input_ids=guide_input_ids,
             guide_attention_mask=guide_attention_mask,
