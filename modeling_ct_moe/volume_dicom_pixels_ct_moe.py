@@ -28,6 +28,7 @@ import numpy as np
 
 from .volume_ct_moe import AIR_HU, LoadContext
 from .volume_files_ct_moe import READ_ERRORS, Entry
+from .volume_plausibility_ct_moe import padding_to_air
 from .volume_voxels_ct_moe import Rescale, fits_int16
 
 
@@ -100,12 +101,12 @@ class PixelLayout:
         return self.rows * self.columns * self.bits_allocated // 8
 
 
-def read_frames(layouts: list[PixelLayout], context: LoadContext, padding: str) -> tuple[np.ndarray, int]:
+def read_frames(layouts: list[PixelLayout], context: LoadContext, to_air: bool) -> tuple[np.ndarray, int]:
     """Reads frames of one size.
 
     Returns:
         `(np.ndarray, int)`: HU of shape `(frames, rows, columns)`, int16 if every value fits and is whole, else
-        float32, and how many pixels were declared padding and became air.
+        float32, and, with `to_air`, how many pixels were padding and became air.
     """
     rows, columns = layouts[0].rows, layouts[0].columns
     whole = all(float(v).is_integer() for layout in layouts for v in (layout.slope, layout.intercept))
@@ -115,10 +116,10 @@ def read_frames(layouts: list[PixelLayout], context: LoadContext, padding: str) 
         context.claim(len(layouts) * rows * columns * np.dtype(dtype).itemsize, "the volume")
         voxels = np.empty((len(layouts), rows, columns), dtype)
         if threads == 1:
-            padded = [_read_frame(*job, context, padding) for job in zip(layouts, codes, voxels)]
+            padded = [_read_frame(*job, context, to_air) for job in zip(layouts, codes, voxels)]
         else:
             with ThreadPoolExecutor(threads) as pool:
-                work = [pool.submit(_read_frame, *job, context, padding) for job in zip(layouts, codes, voxels)]
+                work = [pool.submit(_read_frame, *job, context, to_air) for job in zip(layouts, codes, voxels)]
                 try:
                     padded = [job.result() for job in work]
                 finally:  # after a failure the rest need not be decoded
@@ -129,7 +130,7 @@ def read_frames(layouts: list[PixelLayout], context: LoadContext, padding: str) 
 
 
 def _read_frame(
-    layout: PixelLayout, code: bytes | None, out: np.ndarray, context: LoadContext, padding: str
+    layout: PixelLayout, code: bytes | None, out: np.ndarray, context: LoadContext, to_air: bool
 ) -> int | None:
     """Fills one slice; returns the number of padding pixels, or `None` if the values do not fit the slice's type."""
     straight = layout.native and layout.dtype.itemsize == 2 and out.dtype == np.int16
@@ -144,25 +145,26 @@ def _read_frame(
     else:
         stored = _decode(layout, code or _codes_of(layout, context)[0], context).reshape(-1)
     stored = _stored_bits(stored, layout)
-    is_padding = None
-    if padding == "air" and layout.padding is not None:
-        low, high = layout.padding
-        is_padding = (stored >= low) & (stored <= high)
-        if not is_padding.any():
-            is_padding = None
-
     flat = out.reshape(-1)
-    if straight and layout.slope == 1 and _add_in_place(stored, layout.intercept):
-        pass  # `out` is the memory of `stored`
-    else:
+    declared = None
+    if to_air and layout.padding is not None:
+        declared = (stored >= layout.padding[0]) & (stored <= layout.padding[1])
+        # As large a value as -32768 would not be int16 once rescaled; what stands here instead is of no matter.
+        np.copyto(stored, 0, where=declared)
+
+    in_place = straight and layout.slope == 1 and _add_in_place(stored, layout.intercept)
+    if not in_place:  # else `flat` is the memory of `stored`
         values = Rescale(stored.dtype, layout.slope, layout.intercept)(stored)
         if out.dtype == np.int16 and not fits_int16(values):
             return None
         flat[:] = values
-    if is_padding is None:
+    if not to_air:
         return 0
-    flat[is_padding] = AIR_HU
-    return int(np.count_nonzero(is_padding))
+    count = 0
+    if declared is not None:
+        np.copyto(flat, AIR_HU, where=declared)
+        count = int(np.count_nonzero(declared))
+    return count + padding_to_air(flat)
 
 
 def _add_in_place(stored: np.ndarray, intercept: float) -> bool:

@@ -32,7 +32,8 @@ from nibabel.spatialimages import SpatialImage
 from .errors_ct_moe import VolumeError
 from .volume_arrays_ct_moe import NPY_MAGIC, read_array, read_npy, read_npz
 from .volume_ct_moe import MAX_VOLUME_BYTES, LoadContext, StoredVolume, Volume, VolumeWarning
-from .volume_dicom_ct_moe import is_dataset, is_dicom, read_dicom
+from .volume_dicom_ct_moe import read_dicom
+from .volume_dicom_header_ct_moe import is_dataset, is_dicom
 from .volume_download_ct_moe import fetch
 from .volume_files_ct_moe import READ_ERRORS, BytesEntry, folder_entries, open_path, path_entry, zip_entries
 from .volume_geometry_ct_moe import spacing_of, to_lps
@@ -118,8 +119,8 @@ def load_volume(
     try:
         with context.files:
             stored = _read(source, context, options)
-        clean_values(stored, context, padding)
-        check_hounsfield(stored.voxels, context)
+        least = clean_values(stored, context, padding)
+        check_hounsfield(stored.voxels, least, context)
         voxels, affine = to_lps(stored, context, reorient)
     except MemoryError as error:
         raise context.error("not enough memory for the volume", "Crop it, or load it on a larger machine") from error

@@ -26,35 +26,60 @@ PADDING_BELOW_HU = -1400
 SAMPLE_VOXELS = 500_000
 
 
-def clean_values(stored: StoredVolume, context: LoadContext, padding: str) -> None:
+def clean_values(stored: StoredVolume, context: LoadContext, padding: str) -> float:
     """Makes every voxel a finite number and, with `intensity="hu"` and `padding="air"`, padding air.
 
     The array is changed in place if it belongs to the load and copied first if it is the caller's.
+
+    Returns:
+        The smallest value.
     """
-    low = stored.voxels.min()
-    if stored.voxels.dtype == np.float32 and not (np.isfinite(low) and np.isfinite(stored.voxels.max())):
+    low, high = stored.voxels.min(), 0.0
+    if stored.voxels.dtype == np.float32:
+        high = stored.voxels.max()
+    if not (np.isfinite(low) and np.isfinite(high)):
         finite = np.isfinite(stored.voxels)
         if not finite.any():
             raise context.error("no voxel is a finite number", "Export the scan again")
         fill = AIR_HU if context.intensity == "hu" else stored.voxels[finite].min()
-        count = _replace(stored, lambda part: ~np.isfinite(part), fill)
-        context.warn(f"{count} voxels were not finite numbers and were set to {fill:g}")
+        context.warn(
+            f"{finite.size - np.count_nonzero(finite)} voxels were not finite numbers and were set to {fill:g}"
+        )
+        _own(stored)
+        np.copyto(stored.voxels, fill, where=~finite)
         low = stored.voxels.min()
     if context.intensity == "hu" and padding == "air" and low < PADDING_BELOW_HU:
-        count = _replace(stored, lambda part: part < PADDING_BELOW_HU, AIR_HU)
+        _own(stored)
+        count = sum(map(padding_to_air, stored.voxels))  # slice by slice: no mask of the whole volume
         stored.facts["padding_voxels"] = stored.facts.get("padding_voxels", 0) + count
+        low = stored.voxels.min()
+    return float(low)
 
 
-def check_hounsfield(voxels: np.ndarray, context: LoadContext) -> None:
+def padding_to_air(hu: np.ndarray) -> int:
+    """Sets what cannot have been measured to air, in place, and returns how many values that were."""
+    if hu.min() >= PADDING_BELOW_HU:
+        return 0
+    mask = hu < PADDING_BELOW_HU
+    np.copyto(hu, AIR_HU, where=mask)
+    return int(np.count_nonzero(mask))
+
+
+def check_hounsfield(voxels: np.ndarray, least: float, context: LoadContext) -> None:
     """Refuses (or warns about, as `context.check` says) values that cannot be HU, and warns about odd ones.
 
     The body holds fat (-100), water (0) and, around and inside it, air (-1000). Values without anything near -100 or
     below are no scan of a body: a picture, a mask, an MR or PET scan, or a CT whose rescale was forgotten. Values of a
     crop can be odd without being wrong.
+
+    Args:
+        voxels (`np.ndarray`): the volume.
+        least (`float`): its smallest value.
+        context (`LoadContext`): for the finding.
     """
     if context.check == "off" or context.intensity != "hu":
         return
-    least, most = float(voxels.min()), float(voxels.max())
+    most = float(voxels.max())
     every = max(1, round((voxels.size / SAMPLE_VOXELS) ** (1 / 3)))
     low, median, high = np.percentile(voxels[::every, ::every, ::every], [0.5, 50, 99.5]).tolist()
     seen = f"values from {least:g} to {most:g}"
@@ -82,14 +107,7 @@ def check_hounsfield(voxels: np.ndarray, context: LoadContext) -> None:
         context.warn(f"{seen}: denser than any tissue")
 
 
-def _replace(stored: StoredVolume, where, value: float) -> int:
-    """Sets voxels slice by slice, so that no mask of the whole volume is made, and returns how many."""
+def _own(stored: StoredVolume) -> None:
     if not stored.owned:
         stored.voxels = stored.voxels.copy()
         stored.owned = True
-    count = 0
-    for part in stored.voxels:
-        mask = where(part)
-        count += int(np.count_nonzero(mask))
-        part[mask] = value
-    return count
