@@ -29,6 +29,7 @@ from huggingface_hub.errors import HFValidationError, StrictDataclassError
 from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError, safe_open
 from transformers import LlavaConfig
+from transformers.activations import ACT2FN
 
 from ct_moe import ConversionError
 
@@ -96,80 +97,20 @@ def open_base(base: str | Path, revision: str | None) -> Base:
     return Base(str(base), commit, _download(base, commit, [*patterns, "model*.safetensors"]), config)
 
 
-def _download(repo_id: str | Path, revision: str | None, patterns: list[str]) -> Path:
-    try:
-        return Path(huggingface_hub.snapshot_download(str(repo_id), revision=revision, allow_patterns=patterns))
-    except OSError as error:  # no network, no such repository or revision, no access: all of them, in this library
-        raise ConversionError(
-            repo_id,
-            f"no folder of that name, and the Hub did not give it: {' '.join(str(error).split())[:300].rstrip('.')}",
-            "Check the name, the revision and your access, or download it first and name the folder",
-        ) from error
-
-
-def _read_config(base: str | Path, folder: Path) -> LlavaConfig:
-    path = folder / "config.json"
-    if not path.is_file():
-        found = "adapter weights only" if (folder / "adapter_config.json").is_file() else "no config.json"
-        raise ConversionError(base, f"has {found}", "Name the folder of a whole model in the library's format")
-    raw = _read_json(path)
-    # Looked up before the library reads them: it knows no more than the name of a model type it does not have.
-    kinds = {
-        "model_type": (raw.get("model_type"), ["llava"]),
-        "vision tower": (raw.get("vision_config", {}).get("model_type", "clip_vision_model"), list(TOWERS)),
-        "language model": (raw.get("text_config", {}).get("model_type", "llama"), TEXT_TYPES),
-        "vision_feature_select_strategy": (raw.get("vision_feature_select_strategy", "default"), ["default"]),
-    }
-    for name, (found, supported) in kinds.items():
-        if found not in supported:
-            raise ConversionError(base, f"{name} {found!r} is not supported", f"Supported: {SUPPORTED}")
-    feature_layer = raw.get("vision_feature_layer", -2)
-    if type(feature_layer) is not int:
-        raise ConversionError(
-            base, f"vision_feature_layer {feature_layer} is not supported", f"Supported: {SUPPORTED}"
-        )
-    if "quantization_config" in raw:
-        raise ConversionError(base, "quantised weights are not supported", "Name the unquantised model")
-    try:
-        config = LlavaConfig.from_pretrained(folder)
-    except (StrictDataclassError, ValueError, TypeError, KeyError) as error:
-        raise ConversionError(path, f"not a LLaVA config: {error}", "Download the base again") from error
-    vocab_size = config.text_config.vocab_size
-    if not 0 <= config.image_token_id < vocab_size:
-        raise ConversionError(
-            path,
-            f"image_token_index {config.image_token_id} is outside of the vocabulary of {vocab_size}",
-            "Name a base whose embeddings include its image token",
-        )
-    return config
-
-
-def _read_json(path: Path) -> dict[str, Any]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ConversionError(path, f"not JSON: {error}", "Download the base again") from error
-    if not isinstance(content, dict):
-        raise ConversionError(path, "not a JSON object", "Download the base again")
-    return content
-
-
 def read_index(folder: Path) -> dict[str, FileTensor]:
     """Every tensor of the base's safetensors files by its name, without reading one."""
     index = folder / "model.safetensors.index.json"
     if (folder / "model.safetensors").is_file():
         files, listed = [folder / "model.safetensors"], None
     elif index.is_file():
-        listed = _read_json(index).get("weight_map", {})
-        files = [folder / name for name in sorted(set(listed.values()))]
+        listed = _part(index, read_json(index), "weight_map")
+        files = [folder / name for name in sorted(set(map(str, listed.values())))]
     else:
         pickled = sorted(path.name for path in folder.glob("*.bin"))
         raise ConversionError(
             folder,
             f"no model.safetensors and no model.safetensors.index.json{', but ' * bool(pickled)}{', '.join(pickled)}",
-            "Only safetensors are read: load such weights with transformers where you trust them and save them again"
-            if pickled
-            else "Download the weights too",
+            "Only safetensors are read: save other weights again with transformers if you trust them",
         )
 
     tensors = {}
@@ -190,7 +131,9 @@ def read_index(folder: Path) -> dict[str, FileTensor]:
                         file, shape, dtype, TensorCount(1, parameters, parameters * dtype.itemsize)
                     )
         except SafetensorError as error:
-            raise ConversionError(file, f"not a safetensors file: {error}", "Download the weights again") from error
+            raise ConversionError(
+                file, f"not a safetensors file: {one_line(error)}", "Download the weights again"
+            ) from error
     for key in [] if listed is None else sorted(listed.keys() ^ tensors.keys()):
         where = index.name if key in listed else "the files"
         raise ConversionError(key, f"named only in {where} of {folder.name}", "Download the weights again")
@@ -200,8 +143,8 @@ def read_index(folder: Path) -> dict[str, FileTensor]:
 def read_image_settings(source: Base) -> dict[str, Any]:
     """The base's image processor config, from whichever of its two places it has."""
     for path in (source.folder / "preprocessor_config.json", source.folder / "processor_config.json"):
-        settings = _read_json(path) if path.is_file() else {}
-        settings = settings.get("image_processor", settings)
+        settings = read_json(path) if path.is_file() else {}
+        settings = _part(path, settings, "image_processor") or settings
         if "image_mean" in settings and "image_std" in settings:
             return settings
     raise ConversionError(
@@ -215,8 +158,82 @@ def read_chat_template(source: Base) -> str | None:
     """The chat template of an older processor, which the tokenizer does not load; newer ones write a .jinja file."""
     path = source.folder / "chat_template.json"
     if path.is_file() and not (source.folder / "chat_template.jinja").is_file():
-        return _read_json(path).get("chat_template")
+        return read_json(path).get("chat_template")
     return None
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConversionError(path, f"not JSON: {error}", "Download the base again") from error
+    if not isinstance(content, dict):
+        raise ConversionError(path, "not a JSON object", "Download the base again")
+    return content
+
+
+def one_line(error: Exception) -> str:
+    """What another package says, as the finding of an error of this one."""
+    return " ".join(str(error).split())[:300].rstrip(".")
+
+
+def _download(repo_id: str | Path, revision: str | None, patterns: list[str]) -> Path:
+    try:
+        return Path(huggingface_hub.snapshot_download(str(repo_id), revision=revision, allow_patterns=patterns))
+    except OSError as error:  # no network, no such repository or revision, no access: all of them, in this library
+        raise ConversionError(
+            repo_id,
+            f"no folder of that name, and the Hub did not give it: {one_line(error)}",
+            "Check the name, the revision and your access, or download it first and name the folder",
+        ) from error
+
+
+def _read_config(base: str | Path, folder: Path) -> LlavaConfig:
+    path = folder / "config.json"
+    if not path.is_file():
+        found = "adapter weights only" if (folder / "adapter_config.json").is_file() else "no config.json"
+        raise ConversionError(base, f"has {found}", "Name the folder of a whole model in the library's format")
+    raw = read_json(path)
+    # Looked up before the library reads them: it knows no more than the name of a model type it does not have.
+    kinds = {
+        "model_type": (raw.get("model_type"), ["llava"]),
+        "vision tower": (_part(path, raw, "vision_config").get("model_type", "clip_vision_model"), list(TOWERS)),
+        "language model": (_part(path, raw, "text_config").get("model_type", "llama"), TEXT_TYPES),
+        "vision_feature_select_strategy": (raw.get("vision_feature_select_strategy", "default"), ["default"]),
+    }
+    for name, (found, supported) in kinds.items():
+        if found not in supported:
+            raise ConversionError(base, f"{name} {found!r} is not supported", f"Supported: {SUPPORTED}")
+    feature_layer = raw.get("vision_feature_layer", -2)
+    if type(feature_layer) is not int:
+        raise ConversionError(
+            base, f"vision_feature_layer {feature_layer} is not supported", f"Supported: {SUPPORTED}"
+        )
+    if "quantization_config" in raw:
+        raise ConversionError(base, "quantised weights are not supported", "Name the unquantised model")
+    try:
+        config = LlavaConfig.from_pretrained(folder)
+    except (StrictDataclassError, ValueError, TypeError, KeyError) as error:
+        raise ConversionError(path, f"not a LLaVA config: {one_line(error)}", "Download the base again") from error
+    for act in (config.projector_hidden_act, config.vision_config.hidden_act, config.text_config.hidden_act):
+        if act not in ACT2FN:
+            raise ConversionError(path, f"unknown activation {act!r}", "Download the base again")
+    vocab_size = config.text_config.vocab_size
+    if not 0 <= config.image_token_id < vocab_size:
+        raise ConversionError(
+            path,
+            f"image_token_index {config.image_token_id} is outside of the vocabulary of {vocab_size}",
+            "Name a base whose embeddings include its image token",
+        )
+    return config
+
+
+def _part(path: Path, content: dict[str, Any], name: str) -> dict[str, Any]:
+    """A section of a JSON file, empty if it is not there."""
+    section = content.get(name, {})
+    if not isinstance(section, dict):
+        raise ConversionError(path, f"{name} is not a JSON object", "Download the base again")
+    return section
 
 
 def _size(number: float) -> str:

@@ -18,7 +18,6 @@
 
 from typing import Any
 
-import jinja2
 from transformers import PreTrainedTokenizerBase
 
 from ct_moe import ConversionError
@@ -91,5 +90,5 @@ def _render(tokenizer: PreTrainedTokenizerBase, template: str, messages: list[di
         return tokenizer.apply_chat_template(
             messages, chat_template=template, tokenize=False, add_generation_prompt=True
         )
-    except (jinja2.TemplateError, TypeError, KeyError):
+    except Exception:  # whatever the template of a stranger does with what it does not expect
         return ""

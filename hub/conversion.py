@@ -48,7 +48,17 @@ from ct_moe import (
     CTMoEVisionConfig,
 )
 
-from .base_model import Base, FileTensor, TensorCount, open_base, read_chat_template, read_image_settings, read_index
+from .base_model import (
+    Base,
+    FileTensor,
+    TensorCount,
+    one_line,
+    open_base,
+    read_chat_template,
+    read_image_settings,
+    read_index,
+    read_json,
+)
 from .chat_template import fit_chat_template
 from .folder import new_folder, write_folder
 from .tensor_mapping import TOWERS, TensorPlan, plan_tensors
@@ -244,25 +254,23 @@ def _make_config(base: LlavaConfig, overrides: dict[str, Any]) -> CTMoEConfig:
     try:
         return CTMoEConfig(vision_config=CTMoEVisionConfig(**vision), **top)
     except StrictDataclassError as error:
-        raise ConversionError(
-            "the configuration", " ".join(str(error).split()).rstrip("."), "Give the field a value of its type"
-        ) from error
+        raise ConversionError("the configuration", one_line(error), "Give the field a value of its type") from error
 
 
 def _make_processor(source: Base, config: CTMoEConfig, chat_template: str | None) -> tuple[CTMoEProcessor, str]:
     """The processor, and what was done to the base's chat template."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(source.folder, trust_remote_code=False)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # bare ones from the tokenizers package, KeyErrors from the library
         raise ConversionError(
-            source.name, f"no tokenizer that loads: {error}", "Add the base's tokenizer.json"
+            source.name, f"no tokenizer that loads: {one_line(error)}", "Add the base's tokenizer.json"
         ) from error
     image_token = tokenizer.convert_ids_to_tokens(config.image_token_id)
-    if image_token is None or tokenizer.encode(image_token, add_special_tokens=False) != [config.image_token_id]:
+    if config.image_token_id not in tokenizer.added_tokens_decoder:
         raise ConversionError(
             source.name,
-            f"image_token_index {config.image_token_id} of config.json is {image_token!r} in the tokenizer, which "
-            "does not read it as one token",
+            f"image_token_index {config.image_token_id} of config.json is {image_token!r} in the tokenizer, which is "
+            "none of its added tokens",
             "Config and tokenizer do not belong together: download the base again",
         )
     if tokenizer.pad_token is None:
@@ -326,13 +334,12 @@ def _generation_config(source: Base) -> GenerationConfig:
     path = source.folder / "generation_config.json"
     if not path.is_file():
         return GenerationConfig.from_model_config(source.config.text_config)
-    config = GenerationConfig.from_pretrained(source.folder)
+    content = read_json(path)
     try:
+        config = GenerationConfig.from_dict(content)
         config.validate(strict=True)  # the library loads an invalid one, and refuses to save it
-    except ValueError as error:
-        raise ConversionError(
-            path, " ".join(str(error).split()).rstrip("."), "Correct it in a copy of the base"
-        ) from error
+    except (ValueError, TypeError) as error:
+        raise ConversionError(path, one_line(error), "Correct it in a copy of the base") from error
     return config
 
 
