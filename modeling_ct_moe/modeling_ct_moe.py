@@ -1018,14 +1018,15 @@ class CTMoEModel(CTMoEPreTrainedModel):
             inputs_embeds=inputs_embeds,
             **kwargs,
         )
+        routing = None if features is None else features.routing  # a chunked prefill hands on the pooled features only
         return CTMoEModelOutputWithPast(
             last_hidden_state=outputs.last_hidden_state,
             past_key_values=outputs.past_key_values,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             image_hidden_states=image_hidden_states,
-            router_logits=None if features is None else features.routing.router_logits,
-            routing=None if features is None else features.routing,
+            router_logits=None if routing is None else routing.router_logits,
+            routing=routing,
         )
 
 
