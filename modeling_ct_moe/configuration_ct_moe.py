@@ -101,8 +101,8 @@ class CTMoEVisionConfig(PreTrainedConfig):
 
     feature_layer: int = -2
     volume_layers: list[int] | None = None
-    depth_rotary_fraction: float = 0.5
-    depth_wavelengths_mm: list[float] | tuple[float, ...] = (40.0, 2000.0)
+    depth_rotary_fraction: float | int = 0.5
+    depth_wavelengths_mm: list[float | int] | tuple[float | int, ...] = (40.0, 2000.0)
 
     moe_layers: list[int] | None = None
     num_experts: int = 4
@@ -114,7 +114,7 @@ class CTMoEVisionConfig(PreTrainedConfig):
     num_tasks: int = 0
     guide_interaction: Literal["film", "bias", "none"] = "film"
     guide_size: int = 256
-    router_jitter: float = 0.01
+    router_jitter: float | int = 0.01
 
     def __post_init__(self, **kwargs):
         read = self.num_read_layers
@@ -259,9 +259,9 @@ class CTMoEConfig(PreTrainedConfig):
     tasks: list[str] | None = None
     pool: list[int] | tuple[int, ...] = (2, 2, 2)
     slice_scoring: Literal["none", "tgis"] = "none"
-    router_balance_coef: float = 0.01
-    router_z_coef: float = 0.001
-    task_coef: float = 0.1
+    router_balance_coef: float | int = 0.01
+    router_z_coef: float | int = 0.001
+    task_coef: float | int = 0.1
 
     format_version: int = FORMAT_VERSION
     intended_scope: str = "untrained"

@@ -269,6 +269,20 @@ def eager_attention_forward(
     return attn_output, attn_weights
 
 
+class CTMoEScaleEmbedding(nn.Module):
+    """W_s of design section 2.2: (log field of view, log slab) `(V, 2)` to an offset `(V, D)`, zero at first.
+
+    Not a `nn.Linear`: the library initialises those itself, before this model could set one to zero.
+    """
+
+    def __init__(self, config: CTMoEVisionConfig):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(config.hidden_size, 2))
+
+    def forward(self, volume_scale: torch.Tensor) -> torch.Tensor:
+        return nn.functional.linear(volume_scale.to(self.weight.dtype), self.weight)
+
+
 class CTMoEVisionEmbeddings(nn.Module):
     """The base's patch, class and position embeddings, plus the physical scale that the resize took away."""
 
@@ -285,14 +299,14 @@ class CTMoEVisionEmbeddings(nn.Module):
         # CODEPATH: CLIP and InternViT have a class token, SigLIP has none.
         self.class_embedding = nn.Parameter(torch.empty(config.hidden_size)) if config.class_token else None
         self.position_embedding = nn.Embedding(config.num_slice_tokens, config.hidden_size)
-        self.scale_embedding = nn.Linear(2, config.hidden_size, bias=False)
+        self.scale_embedding = CTMoEScaleEmbedding(config)
 
     def forward(self, pixel_values: torch.Tensor, volume_scale: torch.Tensor) -> torch.Tensor:
         """`(V, S, 3, height, width)` and `(V, 2)` to `(V * S, N, D)`."""
         num_volumes, num_slices = pixel_values.shape[:2]
         dtype = self.patch_embedding.weight.dtype
         patch_embeds = self.patch_embedding(pixel_values.flatten(0, 1).to(dtype)).flatten(2).transpose(1, 2)
-        scale = self.scale_embedding(volume_scale.to(dtype)).repeat_interleave(num_slices, dim=0)
+        scale = self.scale_embedding(volume_scale).repeat_interleave(num_slices, dim=0)
         embeddings = patch_embeds + scale.unsqueeze(1)
         if self.class_embedding is not None:
             class_embeds = self.class_embedding.expand(num_volumes * num_slices, 1, -1)
@@ -593,7 +607,8 @@ class CTMoEPreTrainedModel(PreTrainedModel):
         if isinstance(module, CTMoEVisionEmbeddings):
             if module.class_embedding is not None:
                 init.normal_(module.class_embedding, std=std)
-            init.zeros_(module.scale_embedding.weight)  # a converted model computes what its base computes
+        elif isinstance(module, CTMoEScaleEmbedding):
+            init.zeros_(module.weight)  # a converted model computes what its base computes
         elif isinstance(module, CTMoEExperts):
             init.normal_(module.up_proj, std=std)
             init.zeros_(module.up_proj_bias)
@@ -1051,6 +1066,11 @@ class CTMoEForConditionalGeneration(CTMoEPreTrainedModel, GenerationMixin):
         self, pixel_values: torch.Tensor | None = None, **kwargs: Unpack[TransformersKwargs]
     ) -> tuple | CTMoEImageFeatures:
         return self.model.get_image_features(pixel_values=pixel_values, **kwargs)
+
+    def save_pretrained(self, *args, **kwargs) -> None:
+        # As `from_pretrained` sets them: a folder saved again after loading is the same, byte for byte.
+        self.config.vision_config.dtype = self.config.text_config.dtype = self.dtype
+        super().save_pretrained(*args, **kwargs)
 
     def _expand_multimodal_outputs(self, input_ids, mm_encoder_output, **kwargs) -> dict[str, CTMoEImageFeatures]:
         # The library writes one entry per beam into the caller's own features. A copy keeps them for another question.
