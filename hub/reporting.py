@@ -27,6 +27,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from transformers import PreTrainedConfig
+from transformers.utils.hub import resolve_revision
 
 from ct_moe import (
     CTMoEError,
@@ -60,6 +61,7 @@ def open_reporter(
     ):
         raise ModelError(model, "no such folder", "Pass a folder made by `ct-moe convert`, or a Hub id owner/name")
     try:
+        revision = None if os.path.isdir(model) else resolve_revision(model, revision)
         config, _ = PreTrainedConfig.get_config_dict(model, revision=revision)
         if config.get("model_type") != "ct_moe":
             found = (
@@ -68,7 +70,10 @@ def open_reporter(
             raise ModelError(model, f"{found}, not 'ct_moe'", "Convert a base first: ct-moe convert BASE OUT")
         processor = CTMoEProcessor.from_pretrained(model, revision=revision)
         network = CTMoEForConditionalGeneration.from_pretrained(model, revision=revision, dtype=dtype)
-        return CTReportPipeline(model=network.eval(), processor=processor, task="ct-report", device=_device(device))
+        commit = getattr(revision, "resolved", revision)
+        return CTReportPipeline(
+            model=network.eval(), processor=processor, task="ct-report", device=_device(device), revision=commit
+        )
     except CTMoEError:
         raise
     except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:

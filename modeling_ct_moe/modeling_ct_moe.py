@@ -697,11 +697,7 @@ class CTMoEVisionModel(CTMoEPreTrainedModel):
                 )
             slice_positions = torch.zeros(num_volumes, num_slices, dtype=torch.int32, device=device)
 
-        attention_mask = create_bidirectional_mask(
-            config=self.config,
-            inputs_embeds=hidden_states.view(num_volumes, num_slices * num_tokens, -1),
-            attention_mask=slice_mask.repeat_interleave(num_tokens, dim=1),
-        )
+        attention_mask = self._attention_mask(hidden_states.unflatten(0, (num_volumes, num_slices)), slice_mask)
         # CODEPATH: a rotary fraction of 0 is the ablation without depth positions.
         position_embeddings = self.depth_rotary(slice_positions, num_tokens) if self.config.depth_rotary_dim else None
         routing = self._prepare_routing(slice_mask, patch_mask, num_tokens, guide, task_index, task_gate)
@@ -729,6 +725,16 @@ class CTMoEVisionModel(CTMoEPreTrainedModel):
             token_mask=routing.token_mask.long(),
             prefix_hidden_states=prefix.view(slice_shape) if output_prefix_hidden_states else None,
         )
+
+    def _attention_mask(self, hidden_states: torch.Tensor, slice_mask: torch.Tensor):
+        """Hides padded slices from all queries, whatever the backend takes; None where nothing is padded."""
+        embeds = hidden_states.flatten(1, 2)  # (V, S * N, D)
+        token_mask = slice_mask.repeat_interleave(hidden_states.shape[2], dim=1)
+        # Built for one query: sdpa and eager broadcast it, and 64 slices of 577 tokens would need 1.4 GB for all.
+        mask = create_bidirectional_mask(self.config, embeds[:, :1], token_mask, encoder_hidden_states=embeds)
+        if mask is not None and not isinstance(mask, torch.Tensor):  # the block mask of flex attention does not
+            mask = create_bidirectional_mask(self.config, embeds, token_mask)
+        return mask
 
     def _check_pixel_values(self, pixel_values: torch.Tensor) -> None:
         size = self.config.image_size
@@ -904,7 +910,7 @@ class CTMoEModel(CTMoEPreTrainedModel):
         forced = task_ids >= 0
         index = torch.where(forced, task_ids, probs.argmax(dim=-1).masked_fill(~has_guide, -1))
         chosen = probs.gather(1, index.clamp(min=0).unsqueeze(1)).squeeze(1)
-        gate = torch.where(forced, torch.ones_like(chosen), 1 + chosen - chosen.detach())
+        gate = torch.where(forced, torch.ones_like(chosen), 1 + (chosen - chosen.detach()))  # exactly 1 in value
         return logits, index, gate
 
     def _routing_losses(

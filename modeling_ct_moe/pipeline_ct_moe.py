@@ -56,6 +56,8 @@ class CTReportPipeline(Pipeline):
         streamer (`BaseStreamer`, *optional*): receives the text as it is generated; one scan at a time.
         max_new_tokens, num_beams and every other generation parameter, also as `generate_kwargs`.
 
+    With this package's own class a Hub model's commit is named by `CTReportPipeline(..., revision=commit)`.
+
     Returns a `dict` per scan: `scan` (the path as given, if it was one), `task`, `prompt`, `text`; `findings` and
     `impression` of a report (`None` where the text has no such heading) or the `answer` to a question; `num_slices`,
     `slab_mm` (`None` for display intensities), `warnings` of the reader, `model`, `revision`, `scope`, `notice`.
@@ -68,8 +70,12 @@ class CTReportPipeline(Pipeline):
     _pipeline_calls_generate = True
     _default_generation_config = GenerationConfig(max_new_tokens=512)
 
-    def __init__(self, *args, **kwargs):
+    def __init__(self, *args, revision: str | None = None, **kwargs):
         super().__init__(*args, **kwargs)
+        # The library tells neither model nor pipeline which commit it loaded, but puts a Hub repository's code into a
+        # module named after it.
+        commits = [part for part in type(self).__module__.split(".") if re.fullmatch("[0-9a-f]{40}", part)]
+        self.revision = revision or next(iter(commits), None)
         if self.model.config.model_type != "ct_moe":
             raise ModelError(
                 self.model.config.name_or_path or "model",
@@ -187,7 +193,7 @@ class CTReportPipeline(Pipeline):
                 "slab_mm": round(5 * math.exp(float(model_outputs["volume_scale"][row, 1])), 3) if in_hu else None,
                 "warnings": model_outputs["warnings"][row],
                 "model": config.name_or_path,
-                "revision": getattr(config, "_commit_hash", None),
+                "revision": self.revision,
                 "scope": config.intended_scope,
                 "notice": NOTICE,
             }
