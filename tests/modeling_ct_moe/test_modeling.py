@@ -141,6 +141,7 @@ def test_eager_attention_agrees_with_sdpa():
 
 
 @pytest.mark.slow  # compiles for up to half a minute
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of torch to itself, while it compiles
 def test_flex_attention_agrees_in_its_forward_pass():
     model = tiny_model()
     inputs = batch(model.config)
