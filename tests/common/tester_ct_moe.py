@@ -88,10 +88,10 @@ class CTMoEModelTester:
         self.is_training = True
         self.batch_size = self.vision.batch_size
         self.vocab_size = 99
-        self.hidden_size = 24
+        self.hidden_size = 32
         self.num_hidden_layers = 2
         self.num_attention_heads = 2
-        self.image_token_id = 5
+        self.image_token_id = self.vocab_size - 1  # not among the tokens 1 to 19 of the training test
         self.num_image_tokens = self.get_config().num_visual_tokens(self.vision.num_slices)
         self.seq_length = self.num_image_tokens + 7
         self.encoder_seq_length = self.seq_length
@@ -100,7 +100,7 @@ class CTMoEModelTester:
         text_config = Phi3Config(
             vocab_size=self.vocab_size,
             hidden_size=self.hidden_size,
-            intermediate_size=40,
+            intermediate_size=64,
             num_hidden_layers=self.num_hidden_layers,
             num_attention_heads=self.num_attention_heads,
             num_key_value_heads=1,
@@ -117,8 +117,8 @@ class CTMoEModelTester:
 
     def prepare_config_and_inputs_for_common(self) -> tuple[CTMoEConfig, dict[str, torch.Tensor]]:
         generator = torch.Generator().manual_seed(2)
-        text = torch.randint(6, self.vocab_size, (self.batch_size, self.seq_length), generator=generator)
+        text = torch.randint(6, self.image_token_id, (self.batch_size, self.seq_length), generator=generator)
         text[:, 2 : 2 + self.num_image_tokens] = self.image_token_id
         inputs = {"input_ids": text, "attention_mask": torch.ones_like(text), **self.vision.volume_inputs()}
-        guide = torch.randint(6, self.vocab_size, (self.batch_size, 5), generator=generator)
+        guide = torch.randint(6, self.image_token_id, (self.batch_size, 5), generator=generator)
         return self.get_config(), {**inputs, "guide_input_ids": guide, "guide_attention_mask": torch.ones_like(guide)}
