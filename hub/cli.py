@@ -79,6 +79,7 @@ def convert(
     revision: RevisionOption = None,
     dtype: Annotated[str | None, typer.Option(help="Dtype of the converted weights; by default the base's.")] = None,
     parity: Annotated[bool, typer.Option(help="Measure that the logits equal the base's.")] = True,
+    preset: Annotated[Literal["paper_like"] | None, typer.Option(help="Settings nearest to the paper's.")] = None,
     setting: Annotated[
         list[str] | None,
         typer.Option("--set", help="Config field as NAME=JSON, e.g. --set num_experts=8 --set 'tasks=[\"report\"]'."),
@@ -88,7 +89,8 @@ def convert(
     with _quiet_libraries():
         from ct_moe.hub.conversion import convert_base
 
-        print(convert_base(base, out, revision=revision, dtype=dtype, parity=parity, **_settings(setting or [])))
+        settings = _settings(setting or [])
+        print(convert_base(base, out, revision=revision, dtype=dtype, parity=parity, preset=preset, **settings))
     print(f"Wrote {out}. The added experts are untrained: until then the model answers as its base does.")
 
 

@@ -28,7 +28,7 @@ from contextlib import contextmanager
 from dataclasses import asdict, dataclass, fields
 from functools import reduce
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
 import transformers
@@ -47,6 +47,7 @@ from ct_moe import (
     CTMoEProcessor,
     CTMoEVisionConfig,
 )
+from ct_moe.configuration_ct_moe import paper_like
 
 from .base_model import (
     Base,
@@ -149,6 +150,7 @@ def convert_base(
     parity: bool = True,
     progress: bool = True,
     chat_template: str | None = None,
+    preset: Literal["paper_like"] | None = None,
     **ct_moe_overrides,
 ) -> ConversionReport:
     """Convert a 2D multimodal base into a CT-MoE model, and leave nothing behind on any error.
@@ -163,6 +165,7 @@ def convert_base(
             one after the other.
         progress: show progress on stderr.
         chat_template: Jinja template in place of the base's own.
+        preset: `"paper_like"` for the settings of `configuration_ct_moe.paper_like`; overrides come on top.
         **ct_moe_overrides: fields of `CTMoEConfig` and `CTMoEVisionConfig` that the base does not determine, such as
             `tasks`, `pool`, `num_experts` or `volume_layers`.
 
@@ -178,6 +181,10 @@ def convert_base(
     with new_folder(out) as folder, _progress(progress) as step:
         step("reading the base")
         source = open_base(base, revision)
+        if preset not in (None, "paper_like"):
+            raise ConversionError("preset", f"{preset!r} is unknown", 'Use "paper_like", or none')
+        if preset is not None:
+            ct_moe_overrides = {**paper_like(source.config.vision_config.intermediate_size), **ct_moe_overrides}
         config = _make_config(source.config, ct_moe_overrides)
         processor, template_note = _make_processor(source, config, chat_template)
 

@@ -306,6 +306,15 @@ class CTMoEConfig(PreTrainedConfig):
         return num_pooled_cells((num_slices, grid, grid), self.pool)
 
 
+def paper_like(intermediate_size: int) -> dict[str, object]:
+    """Fields of the preset `paper_like` (design section 2.6), nearest to what is public of arXiv 2604.10233.
+
+    Two tasks, a shared group routed token by token, and one expert per task; every expert as wide as the base's FFN,
+    whose `intermediate_size` is the argument. The paper trains all of it.
+    """
+    return {"tasks": ["report", "vqa"], "num_task_experts": 1, "moe_intermediate_size": intermediate_size}
+
+
 def num_pooled_cells(shape: tuple[int, int, int], pool: list[int] | tuple[int, ...]) -> int:
     """Cells left of a (slices, rows, columns) grid after pooling, partial cells counted."""
     cells = 1
@@ -314,4 +323,4 @@ def num_pooled_cells(shape: tuple[int, int, int], pool: list[int] | tuple[int, .
     return cells
 
 
-__all__ = ["CTMoEConfig", "CTMoEVisionConfig"]
+__all__ = ["CTMoEConfig", "CTMoEVisionConfig", "paper_like"]

@@ -681,3 +681,18 @@ def _assert_same_files(one, other, without=()):
     assert [name for name in _names(one) if name not in without] == _names(other)
     for path in other.iterdir():
         assert path.read_bytes() == (one / path.name).read_bytes(), path.name
+
+
+def test_the_paper_like_preset_has_one_wide_expert_per_task(phi3, tmp_path):
+    base, _ = phi3
+    report = convert_base(base, tmp_path / "out", preset="paper_like", pool=[1, 2, 2], progress=False)
+    assert report.parity.max_abs_difference <= 1e-5
+    model = CTMoEForConditionalGeneration.from_pretrained(tmp_path / "out")
+    config = model.config.vision_config
+    assert model.config.tasks == ["report", "vqa"]
+    assert model.config.pool == [1, 2, 2]
+    (moe,) = [layer.moe for layer in model.model.vision_tower.layers if layer.moe is not None]
+    assert moe.experts.up_proj.shape == (config.num_experts + 2, config.intermediate_size, config.hidden_size)
+    assert moe.group_router is None
+    with pytest.raises(ConversionError, match="preset"):
+        convert_base(base, tmp_path / "other", preset="tiny", progress=False)
