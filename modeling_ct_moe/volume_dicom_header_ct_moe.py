@@ -23,10 +23,12 @@ import re
 import struct
 import threading
 import warnings
+from collections import namedtuple
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
 from io import BytesIO
+from typing import Any
 
 import numpy as np
 
@@ -65,6 +67,8 @@ _INTERCEPT, _SLOPE, _RESCALE_TYPE, _MODALITY_LUT = 0x00281052, 0x00281053, 0x002
 _SHARED_GROUPS, _FRAME_GROUPS = 0x52009229, 0x52009230
 _TAGS = [value for name, value in list(globals().items()) if re.fullmatch(r"_[A-Z_]+", name) and type(value) is int]
 
+_WANTED = frozenset(_TAGS)
+
 # The functional groups of an enhanced file, and what is read from each.
 _FRAME_TYPE, _STACK, _TEMPORAL_INDEX, _FRAME_ACQUISITION = 0x00089007, 0x00209056, 0x00209128, 0x00209156
 _MACROS = {
@@ -87,8 +91,16 @@ _TIMES = (
     (_CONTENT_TIME,),
 )
 
+# How an element starts in explicit VR: tag, VR, length, and the length that some VRs have instead.
+_ELEMENT, _LENGTH = struct.Struct("<HH2sHL"), struct.Struct("<L")
+_LONG_VRS = frozenset(b"OB OD OF OL OV OW SQ SV UC UN UR UT UV".split())
+_SHORT_VRS = frozenset(b"AE AS AT CS DA DS DT FL FD IS LO LT PN SH SL SS ST TM UI UL US".split())
+_UNDEFINED = 0xFFFFFFFF
+
 # pydicom warns through the process-wide filters, which threads must not swap at the same time.
 _PYDICOM_LOCK = threading.Lock()
+
+_Raw = namedtuple("_Raw", "value is_little_endian")
 
 
 @dataclass
@@ -150,70 +162,131 @@ def read_header(source, context: LoadContext) -> list[Frame]:
     name = source_name(source)
     damaged = "The file is damaged: copy or export it again"
     try:
-        dataset, syntax, entry, offset, length = (_take_apart if is_dataset(source) else _parse)(source, context)
-        if dataset is None or _ROWS not in dataset:
+        header = _take_apart(source) if is_dataset(source) else _parse(source, context)
+        if header is None or _ROWS not in header.elements:
             return []
-        if offset is None:
+        if header.offset is None:
             raise context.error(f"{name}: an image without pixels", damaged)
-        return _frames(dataset, syntax, entry, offset, length)
+        return _frames(header)
     except READ_ERRORS as error:
         raise context.error(f"{name} cannot be read ({type(error).__name__})", damaged) from error
     except _BadValue as error:
         raise context.error(f"{name}: {error}", damaged) from error
 
 
-def _parse(entry: Entry, context: LoadContext):
-    """Header of a file up to its pixels: `(dataset, syntax, entry of the pixels, offset of their value, length)`."""
+@dataclass
+class _Header:
+    """One image's header.
+
+    Args:
+        elements (`dict`): tag to an unconverted element (what has `value` and `is_little_endian`).
+        dataset (`pydicom.Dataset`, *optional*): for the sequences, if there are any that are read.
+        offset (`int`, *optional*): where the pixel data's value starts in `entry`; `None` if there is none.
+        length (`int`, *optional*): of the value; `None` if it is cut into fragments.
+        syntax (`str`): transfer syntax UID.
+        entry (`Entry`): where the pixels are.
+    """
+
+    elements: dict
+    dataset: "pydicom.Dataset | None"
+    offset: int | None
+    length: int | None
+    syntax: str
+    entry: Entry
+
+
+def _parse(entry: Entry, context: LoadContext) -> _Header | None:
+    """The header of a file, if it is a DICOM file."""
     head = entry.head(HEAD_BYTES)
     if not is_dicom(head):
-        return None, None, entry, None, None
+        return None
     syntax, start = _file_meta(head)
     if syntax == DEFLATED:
-        entry = InflatedEntry(entry, start)
-        head, start = entry.head(MAX_DEFLATED_HEADER), 0
-    dataset, offset, length = _read_header(head, start, syntax)
-    if offset is None and syntax != DEFLATED and entry.size > len(head):
+        inflated = InflatedEntry(entry, start)
+        return _Header(*_read(inflated.head(MAX_DEFLATED_HEADER), 0, syntax), syntax, inflated)
+    header = _Header(*_read(head, start, syntax), syntax, entry)
+    if header.offset is None and entry.size > len(head):
         context.claim(entry.size, entry.name)
-        dataset, offset, length = _read_header(entry.read(), start, syntax)
-    if offset is not None and length is not None and syntax != DEFLATED:
-        length = min(length, entry.size - offset)  # a truncated file promises more than it holds
-    return dataset, syntax, entry, offset, length
+        header = _Header(*_read(entry.read(), start, syntax), syntax, entry)
+    if header.offset is not None and header.length is not None:
+        header.length = min(header.length, entry.size - header.offset)  # a truncated file promises more than it holds
+    return header
 
 
-def _read_header(content: bytes, start: int, syntax: str):
-    """The dataset up to its pixel data, and offset and length of their value (`None`: cut into fragments)."""
+def _read(content: bytes, start: int, syntax: str) -> tuple[dict, Any, int | None, int | None]:
+    """Elements and dataset up to the pixel data, and offset and length of its value."""
+    found = _scan(content, start, syntax)
+    if found is not None:
+        return found
     file = BytesIO(content)
     file.seek(start)
-    implicit = syntax in ("", NATIVE_SYNTAXES[0])  # where this is wrong pydicom finds out
     try:
         with _quiet_pydicom():
             dataset = read_dataset(
                 file,
-                implicit,
+                syntax in ("", NATIVE_SYNTAXES[0]),  # implicit VR; where this is wrong pydicom finds out
                 syntax != NATIVE_SYNTAXES[2],
                 stop_when=lambda tag, vr, length: tag in _PIXEL_TAGS,
                 specific_tags=_TAGS,
             )
     except Exception as error:  # pydicom raises nearly every kind on damaged headers, RecursionError included
         raise _BadValue(f"the header cannot be read ({type(error).__name__})") from error
+    elements = _layer(dataset)
     implicit, little = dataset.original_encoding
     order = "<" if little else ">"
-    element = file.read(8)
-    if len(element) < 8:
-        return dataset, None, None
-    group, number = struct.unpack_from(f"{order}HH", element)
-    tag = group << 16 | number
+    element = file.read(12)
+    if len(element) < 12:
+        return elements, dataset, None, None
+    group, number, vr, _, length = struct.unpack(f"{order}HH2sHL", element)
+    tag, position = group << 16 | number, file.tell()
     if tag not in _PIXEL_TAGS:
-        return dataset, None, None
+        return elements, dataset, None, None
+    if implicit:
+        (length,) = struct.unpack_from(f"{order}L", element, 4)
+        position -= 4
+    return elements, dataset, *_pixel_data(tag, position, vr, length, implicit)
+
+
+def _scan(content: bytes, start: int, syntax: str) -> tuple[dict, None, int, int | None] | None:
+    """What `_read` gives, for the plain header that nearly every slice has, in a quarter of the time.
+
+    `None` for everything else: big endian, elements of undefined length, functional groups, and whatever is not in
+    order. pydicom then has the word.
+    """
+    if syntax == NATIVE_SYNTAXES[2]:
+        return None
+    implicit = syntax == NATIVE_SYNTAXES[0]
+    elements: dict[int, _Raw] = {}
+    position, last = start, 0
+    while position + 12 <= len(content):
+        group, number, vr, length, long_length = _ELEMENT.unpack_from(content, position)
+        tag = group << 16 | number
+        position += 8
+        if implicit:
+            (length,) = _LENGTH.unpack_from(content, position - 4)
+        elif vr in _LONG_VRS:
+            length = long_length
+            position += 4
+        elif vr not in _SHORT_VRS:
+            return None
+        if tag in _PIXEL_TAGS:
+            return elements, None, *_pixel_data(tag, position, vr, length, implicit)
+        if tag <= last or length == _UNDEFINED or tag in (_SHARED_GROUPS, _FRAME_GROUPS):
+            return None
+        if tag in _WANTED:
+            elements[tag] = _Raw(content[position : position + length], True)
+        position += length
+        last = tag
+    return None
+
+
+def _pixel_data(tag: int, position: int, vr: bytes, length: int, implicit: bool) -> tuple[int, int | None]:
+    """Offset and length of the pixel data's value, if its element is one that holds whole numbers."""
     if tag != _PIXEL_DATA:
         raise _BadValue("pixels are floating-point numbers (a parametric map?)")
-    if implicit:
-        (length,) = struct.unpack(f"{order}4xL", element)
-    elif element[4:6] in (b"OB", b"OW", b"UN"):
-        (length,) = struct.unpack(f"{order}L", file.read(4).ljust(4, b"\0"))
-    else:
+    if not implicit and vr not in (b"OB", b"OW", b"UN"):
         raise _BadValue("pixels are neither bytes nor words")
-    return dataset, file.tell(), None if length == 0xFFFFFFFF else length
+    return position, None if length == _UNDEFINED else length
 
 
 def _file_meta(head: bytes) -> tuple[str, int]:
@@ -234,8 +307,8 @@ def _file_meta(head: bytes) -> tuple[str, int]:
     return syntax, position
 
 
-def _take_apart(dataset, context: LoadContext):
-    """A pydicom dataset in memory, as `_parse` gives a file."""
+def _take_apart(dataset) -> _Header:
+    """The header of a pydicom dataset in memory."""
     meta = getattr(dataset, "file_meta", None)  # only datasets that come from a file have one
     syntax = str(meta.get("TransferSyntaxUID", "")) if meta is not None else ""
     if not syntax:
@@ -244,9 +317,10 @@ def _take_apart(dataset, context: LoadContext):
         syntax = NATIVE_SYNTAXES[1]
     pixels = dataset.get_item(_PIXEL_DATA)
     if pixels is None or not isinstance(pixels.value, bytes):
-        return dataset, syntax, None, None, None
+        return _Header(_layer(dataset), dataset, None, None, syntax, BytesEntry("a dataset", b""))
     length = len(pixels.value) if syntax in NATIVE_SYNTAXES else None
-    return dataset, syntax, BytesEntry("a dataset", memoryview(pixels.value)), 0, length
+    entry = BytesEntry("a dataset", memoryview(pixels.value))
+    return _Header(_layer(dataset), dataset, 0, length, syntax, entry)
 
 
 class _BadValue(Exception):
@@ -339,7 +413,7 @@ def _layer(dataset) -> dict:
 
 def _sequence(dataset, tag: int) -> list:
     """The items of a sequence."""
-    if tag not in dataset:
+    if dataset is None or tag not in dataset:
         return []
     try:
         with _quiet_pydicom():
@@ -351,19 +425,24 @@ def _sequence(dataset, tag: int) -> list:
     return items
 
 
-def _frames(dataset, syntax: str, entry: Entry, offset: int, length: int | None) -> list[Frame]:
+def _frames(header: _Header) -> list[Frame]:
     """Reads one image's header."""
-    top = _layer(dataset)
-    num_frames = _Elements([top]).integer(_NUM_FRAMES, 1)
-    shared = _group_layer(_sequence(dataset, _SHARED_GROUPS))
-    per_frame = _sequence(dataset, _FRAME_GROUPS)
+    num_frames = _Elements([header.elements]).integer(_NUM_FRAMES, 1)
+    shared = _group_layer(_sequence(header.dataset, _SHARED_GROUPS))
+    per_frame = _sequence(header.dataset, _FRAME_GROUPS)
     if num_frames < 1 or (per_frame and len(per_frame) != num_frames):
         raise _BadValue(f"{num_frames} frames, but geometry for {len(per_frame)}")
     if num_frames > 1 and not per_frame:
         raise _BadValue(f"{num_frames} frames without a position for each")
-    file = (syntax, entry, offset, length, num_frames)
+    if num_frames > 1 and header.syntax == DEFLATED:
+        raise _BadValue("several frames in the deflated transfer syntax, which is not supported")
     return [
-        _frame(_Elements([_group_layer(per_frame[number : number + 1]), shared, top]), number, *file)
+        _frame(
+            _Elements([_group_layer(per_frame[number : number + 1]), shared, header.elements]),
+            header,
+            number,
+            num_frames,
+        )
         for number in range(num_frames)
     ]
 
@@ -378,54 +457,63 @@ def _group_layer(groups: list) -> dict:
     return layer
 
 
-def _frame(
-    header: _Elements, number: int, syntax: str, entry: Entry, offset: int, length: int | None, num_frames: int
-) -> Frame:
-    rows, columns = header.integer(_ROWS, 0), header.integer(_COLUMNS, 0)
-    bits_allocated = header.integer(_BITS_ALLOCATED, 16)
-    bits_stored = header.integer(_BITS_STORED, bits_allocated)
-    high_bit = header.integer(_HIGH_BIT, bits_stored - 1)
-    signed = header.integer(_SIGNED, 0)
+def _frame(elements: _Elements, header: _Header, number: int, num_frames: int) -> Frame:
+    rows, columns = elements.integer(_ROWS, 0), elements.integer(_COLUMNS, 0)
+    bits_allocated = elements.integer(_BITS_ALLOCATED, 16)
+    bits_stored = elements.integer(_BITS_STORED, bits_allocated)
+    high_bit = elements.integer(_HIGH_BIT, bits_stored - 1)
+    signed = elements.integer(_SIGNED, 0)
     if min(rows, columns) < 1:
         raise _BadValue(f"{rows} x {columns} pixels")
     whole_bytes = bits_allocated in (8, 16, 32)
     if not whole_bytes or not 1 <= bits_stored <= high_bit + 1 <= bits_allocated or signed not in (0, 1):
         raise _BadValue(f"{bits_stored} bits up to bit {high_bit} of {bits_allocated}, sign {signed}")
-    slope, intercept = header.number(_SLOPE, 1.0), header.number(_INTERCEPT, 0.0)
+    slope, intercept = elements.number(_SLOPE, 1.0), elements.number(_INTERCEPT, 0.0)
     if slope == 0 or abs(slope) > 1e6 or abs(intercept) > 1e9:
         raise _BadValue(f"rescale slope {slope:g}, intercept {intercept:g}")
     pixels = PixelLayout(
-        entry, offset, number, num_frames, syntax, rows, columns, bits_allocated, bits_stored, high_bit, bool(signed),
-        slope, intercept, _padding_range(header, bool(signed), slope, intercept),
-    )  # fmt: skip
-    if pixels.native and (length is None or length < num_frames * pixels.native_bytes):
-        raise _BadValue(f"{length or 0} bytes of pixels where {num_frames * pixels.native_bytes} are needed")
-    if syntax == DEFLATED and num_frames > 1:
-        raise _BadValue("several frames in the deflated transfer syntax, which is not supported")
+        entry=header.entry,
+        offset=header.offset,
+        frame=number,
+        num_frames=num_frames,
+        syntax=header.syntax,
+        rows=rows,
+        columns=columns,
+        bits_allocated=bits_allocated,
+        bits_stored=bits_stored,
+        high_bit=high_bit,
+        signed=bool(signed),
+        slope=slope,
+        intercept=intercept,
+        padding=_padding_range(elements, bool(signed), slope, intercept),
+    )
+    if pixels.native and (header.length or 0) < num_frames * pixels.native_bytes:
+        raise _BadValue(f"{header.length or 0} bytes of pixels where {num_frames * pixels.native_bytes} are needed")
 
-    position, orientation = header.numbers(_POSITION, 3), header.numbers(_ORIENTATION, 6)
-    spacing = header.numbers(_PIXEL_SPACING, 2)
+    position, orientation = elements.numbers(_POSITION, 3), elements.numbers(_ORIENTATION, 6)
+    spacing = elements.numbers(_PIXEL_SPACING, 2)
     if spacing is not None and min(spacing) <= 0:
         raise _BadValue(f"pixel spacing {spacing[0]:g} x {spacing[1]:g} mm")
-    instance = header.text(_SOP_INSTANCE)
+    instance = elements.text(_SOP_INSTANCE)
     placed = None not in (position, orientation, spacing)
     return Frame(
         pixels=pixels,
         position=np.array(position) if placed else None,
         orientation=_unit_axes(orientation) if placed else None,
         pixel_spacing=spacing if placed else None,
-        thickness=header.number(_THICKNESS),
-        step=header.number(_STEP),
-        series=header.text(_SERIES),
+        thickness=elements.number(_THICKNESS),
+        step=elements.number(_STEP),
+        series=elements.text(_SERIES),
         instance=f"{instance} {number}" if instance else "",
-        series_number=re.sub(r"[^0-9-]", "", header.text(_SERIES_NUMBER))[:16],
-        modality=re.sub(r"[^A-Z]", "", header.text(_MODALITY))[:16],
-        kernel=re.sub(r"[^A-Za-z0-9+_. -]", "", header.text(_KERNEL))[:16],
-        rescale_type=header.text(_RESCALE_TYPE),
-        scout="LOCALIZER" in header.texts(_IMAGE_TYPE) or "LOCALIZER" in header.texts(_FRAME_TYPE),
-        colour=header.integer(_SAMPLES, 1) != 1 or header.text(_PHOTOMETRIC) not in ("MONOCHROME1", "MONOCHROME2", ""),
-        has_lut=header.element(_MODALITY_LUT) is not None,
-        times=tuple("".join(map(header.text, tags)) for tags in _TIMES),
+        series_number=re.sub(r"[^0-9-]", "", elements.text(_SERIES_NUMBER))[:16],
+        modality=re.sub(r"[^A-Z]", "", elements.text(_MODALITY))[:16],
+        kernel=re.sub(r"[^A-Za-z0-9+_. -]", "", elements.text(_KERNEL))[:16],
+        rescale_type=elements.text(_RESCALE_TYPE),
+        scout="LOCALIZER" in elements.texts(_IMAGE_TYPE) or "LOCALIZER" in elements.texts(_FRAME_TYPE),
+        colour=elements.integer(_SAMPLES, 1) != 1
+        or elements.text(_PHOTOMETRIC) not in ("MONOCHROME1", "MONOCHROME2", ""),
+        has_lut=elements.element(_MODALITY_LUT) is not None,
+        times=tuple("".join(map(elements.text, tags)) for tags in _TIMES),
     )
 
 
@@ -441,12 +529,12 @@ def _unit_axes(orientation: tuple[float, ...]) -> np.ndarray:
     return np.array([row, column / np.linalg.norm(column)])
 
 
-def _padding_range(header: _Elements, signed: bool, slope: float, intercept: float) -> tuple[int, int] | None:
+def _padding_range(elements: _Elements, signed: bool, slope: float, intercept: float) -> tuple[int, int] | None:
     """Stored values that mean "nothing measured", unless they could be tissue."""
-    value = header.integer(_PADDING, None, signed)
+    value = elements.integer(_PADDING, None, signed)
     if value is None:
         return None
-    limit = header.integer(_PADDING_LIMIT, value, signed)
+    limit = elements.integer(_PADDING_LIMIT, value, signed)
     low, high = min(value, limit), max(value, limit)
     could_be_tissue = any(POSSIBLE_HU[0] <= end * slope + intercept <= POSSIBLE_HU[1] for end in (low, high))
     return None if could_be_tissue else (low, high)

@@ -54,6 +54,9 @@ _JPEG_DECODERS = {
 }
 KNOWN_SYNTAXES = (*NATIVE_SYNTAXES, RLE, *_JPEG_DECODERS)
 
+# Few enough to share the work out evenly, enough that handing it out costs nothing.
+FRAMES_PER_JOB = 4
+
 _DAMAGED = "The file is damaged: copy or export it again"
 
 
@@ -115,18 +118,23 @@ def read_frames(layouts: list[PixelLayout], context: LoadContext, to_air: bool) 
     for dtype in (np.int16, np.float32) if whole else (np.float32,):
         context.claim(len(layouts) * rows * columns * np.dtype(dtype).itemsize, "the volume")
         voxels = np.empty((len(layouts), rows, columns), dtype)
-        if threads == 1:
-            padded = [_read_frame(*job, context, to_air) for job in zip(layouts, codes, voxels)]
-        else:
-            with ThreadPoolExecutor(threads) as pool:
-                work = [pool.submit(_read_frame, *job, context, to_air) for job in zip(layouts, codes, voxels)]
-                try:
-                    padded = [job.result() for job in work]
-                finally:  # after a failure the rest need not be decoded
-                    pool.shutdown(wait=True, cancel_futures=True)
+        jobs = list(zip(layouts, codes, voxels))
+        with ThreadPoolExecutor(threads) as pool:
+            work = [
+                pool.submit(_read_some, jobs[start : start + FRAMES_PER_JOB], context, to_air)
+                for start in range(0, len(jobs), FRAMES_PER_JOB)
+            ]
+            try:
+                padded = [count for job in work for count in job.result()]
+            finally:  # after a failure the rest need not be decoded
+                pool.shutdown(wait=True, cancel_futures=True)
         if None not in padded:
             return voxels, sum(padded)
     raise AssertionError("float32 holds every value")
+
+
+def _read_some(jobs: list[tuple], context: LoadContext, to_air: bool) -> list[int | None]:
+    return [_read_frame(*job, context, to_air) for job in jobs]
 
 
 def _read_frame(
