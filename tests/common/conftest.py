@@ -31,6 +31,9 @@ import pytest
 
 
 PACKAGE = "transformers_tests"
+# A checkout has these beside the tests: a list of tiny models on the Hub, and the source. Some tests import the latter
+# under the name of the installed transformers, so that an empty file gives them the installed one.
+ABSENT_FILES = {"tests/utils/tiny_model_summary.json": "{}", "src/transformers/__init__.py": ""}
 FOREIGN_MARKERS = [
     "accelerate_tests",
     "all_flash_attn_test",
@@ -94,6 +97,10 @@ def fetch_sdist_tests(version: str, package: Path) -> None:
                 path = Path(member.name)
                 if member.isfile() and path.parent.name == "tests" and path.suffix == ".py":
                     (unpacked / path.name).write_bytes(sdist.extractfile(member).read())
+        for name, content in ABSENT_FILES.items():
+            path = package.parent / name
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(content)
         (unpacked / "__init__.py").touch()
         unpacked.rename(package)  # last, so that an interrupted run leaves nothing behind
 

@@ -73,8 +73,6 @@ class CTMoEImageProcessingTest(ImageProcessingTestMixin, unittest.TestCase):
     def test_image_processor_from_dict_with_kwargs_has_attributes(self):
         pass
 
-    @unittest.skip(
-        reason="asks for a torchvision backend; slabs are reduced and windowed in NumPy, in Hounsfield units"
-    )
+    @unittest.skip(reason="asks for a torchvision backend; Hounsfield units are resized and windowed in NumPy")
     def test_new_models_require_torchvision_backend(self):
         pass

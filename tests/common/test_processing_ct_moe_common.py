@@ -82,8 +82,6 @@ class CTMoEProcessorTest(ProcessorTesterMixin, unittest.TestCase):
         with patch.object(CTMoEProcessor, "_auto_class", None):
             super().test_processor_from_and_save_pretrained_as_nested_dict()
 
-    @unittest.skip(
-        reason="sets do_normalize, which is no setting here: windows are always normalised as the base asks"
-    )
+    @unittest.skip(reason="sets do_normalize, which is no setting of scans: windows are always normalised")
     def test_save_load_pretrained_additional_features(self):
         pass
