@@ -29,33 +29,33 @@ from .volume_voxels_ct_moe import VoxelStream, check_end, check_type, read_voxel
 NPY_MAGIC = b"\x93NUMPY"
 
 
-def read_array(array: np.ndarray, spacing, context: LoadContext) -> StoredVolume:
+def read_array(array: np.ndarray, context: LoadContext) -> StoredVolume:
     """A numpy array of shape (z, y, x), or with leading or trailing axes of length one."""
     shape = _volume_shape(array.shape, context)
     check_type(array.dtype, context)
-    affine, facts = _geometry(spacing, None, context)
+    affine, facts = _geometry(context.spacing, None, context)
     voxels, owned = voxels_of(array.reshape(shape), 1.0, 0.0, context)
     return StoredVolume(voxels, affine, {"format": "array", **_facts(shape, array.dtype), **facts}, owned)
 
 
-def read_npy(file: BinaryIO, spacing, context: LoadContext) -> StoredVolume:
+def read_npy(file: BinaryIO, context: LoadContext) -> StoredVolume:
     """A .npy file."""
-    affine, facts = _geometry(spacing, None, context)
+    affine, facts = _geometry(context.spacing, None, context)
     voxels, shape, dtype = _read_npy(VoxelStream(file, context, codec="raw"), context)
     return StoredVolume(voxels, affine, {"format": "npy", **_facts(shape, dtype), **facts})
 
 
-def read_npz(entries: list[ZipEntry], spacing, series: int | str | None, context: LoadContext) -> StoredVolume:
+def read_npz(entries: list[ZipEntry], context: LoadContext) -> StoredVolume:
     """The volume of an .npz archive, beside which `spacing` (z, y, x) and `affine` (LPS, index x, y, z) may lie.
 
     Args:
         entries (`list` of `ZipEntry`): the archive's members.
-        spacing: as in `load_volume`; counts more than the archive's own.
-        series (`int` or `str`, *optional*): name (or number, from 1) of the array, if there are several volumes.
-        context (`LoadContext`): limits and findings.
+        context (`LoadContext`): its `spacing` counts more than the archive's own, its `series` is the name (or
+            number, from 1) of the array if there are several.
     """
     members = {entry.name.removesuffix(".npy"): entry for entry in entries}
     small = {name: _small_array(members.pop(name), context) for name in ("spacing", "affine") if name in members}
+    spacing, series = context.spacing, context.series
     if spacing is None and "spacing" in small:
         spacing = small["spacing"].ravel().tolist()
     affine, facts = _geometry(spacing, small.get("affine"), context)

@@ -16,7 +16,7 @@
 - `Volume`: one CT series, oriented and in millimetres.
 - `VolumeWarning`: a scan that was loaded although something about it is odd.
 - `StoredVolume`: what a reader hands on, voxels and geometry as they are in the file.
-- `LoadContext`: the limits of one load, and the odd things found on the way.
+- `LoadContext`: what is asked of one load, and the odd things found on the way.
 """
 
 from contextlib import ExitStack
@@ -98,23 +98,29 @@ class StoredVolume:
 
 @dataclass
 class LoadContext:
-    """The limits of one load, and the odd things found on the way.
+    """What is asked of one load, and the odd things found on the way.
 
     Args:
         subject (`str`): how errors name the source.
-        check (`str`): "refuse", "warn" or "off", see `load_volume`.
-        intensity (`str`): "hu" or "display".
-        max_bytes (`int`): most memory the scan may take.
+        series, spacing, intensity, check, padding, max_bytes: as in `load_volume`.
         warnings (`list[str]`): what was odd.
         files (`ExitStack`): what is open until the voxels are read.
     """
 
     subject: str
-    check: str = "refuse"
+    series: int | str | None = None
+    spacing: tuple[float, float, float] | None = None
     intensity: str = "hu"
+    check: str = "refuse"
+    padding: str = "air"
     max_bytes: int = MAX_VOLUME_BYTES
     warnings: list[str] = field(default_factory=list)
     files: ExitStack = field(default_factory=ExitStack)
+
+    @property
+    def pads(self) -> bool:
+        """Whether padding becomes air."""
+        return self.padding == "air" and self.intensity == "hu"
 
     def error(self, finding: str, remedy: str) -> VolumeError:
         return VolumeError(self.subject, finding, remedy)

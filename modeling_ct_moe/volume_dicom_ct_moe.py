@@ -70,17 +70,12 @@ class Stack:
         return f"{number}{plane}, {len(along)} slice{'s' * (len(along) > 1)} of {size}{step}{kernel}"
 
 
-def read_dicom(
-    sources: list, context: LoadContext, series: int | str | None, padding: str, strict: bool
-) -> StoredVolume:
+def read_dicom(sources: list, context: LoadContext, strict: bool) -> StoredVolume:
     """Reads one stack out of DICOM files.
 
     Args:
         sources (`list` of `Entry` or pydicom datasets): in any order.
         context (`LoadContext`): limits and findings.
-        series (`int` or `str`, *optional*): which stack, if there are several: its number in the list that the error
-            gives, from 1, or its SeriesInstanceUID.
-        padding (`str`): "air" or "keep".
         strict (`bool`): whether each source was named by the caller, so that none may be anything but an image.
     """
     frames, others = [], 0
@@ -103,8 +98,8 @@ def read_dicom(
             raise context.error("the images are colour pictures", "Pass the CT series, not pictures made from it")
         raise context.error("the images have no position or orientation in the patient", "Pass the original series")
     left_out["pictures"] = len(slices) - len(placed)
-    stack = _choose(_stacks(placed, context), series, context)
-    volume = _assemble(stack, context, padding)
+    stack = _choose(_stacks(placed, context), context)
+    volume = _assemble(stack, context)
     volume.facts["left_out"] = {what: count for what, count in left_out.items() if count}
     return volume
 
@@ -173,7 +168,8 @@ def _places_repeat(stack: Stack) -> bool:
     return bool((np.diff(along) < 1e-2).any())
 
 
-def _choose(stacks: list[Stack], series: int | str | None, context: LoadContext) -> Stack:
+def _choose(stacks: list[Stack], context: LoadContext) -> Stack:
+    series = context.series
     chosen = stacks
     if isinstance(series, str):
         chosen = [stack for stack in stacks if stack.frames[0].series == series]
@@ -192,7 +188,7 @@ def _choose(stacks: list[Stack], series: int | str | None, context: LoadContext)
     raise context.error(f"{what}: {listed}", "Choose one by its number in this list: series=1")
 
 
-def _assemble(stack: Stack, context: LoadContext, padding: str) -> StoredVolume:
+def _assemble(stack: Stack, context: LoadContext) -> StoredVolume:
     """Checks the stack's geometry, then reads its pixels."""
     frames = stack.frames
     first = frames[0]
@@ -220,8 +216,7 @@ def _assemble(stack: Stack, context: LoadContext, padding: str) -> StoredVolume:
     if uneven:
         context.doubt("slices are shifted against each other in their plane", "Pass slices of one scan")
 
-    to_air = padding == "air" and context.intensity == "hu"
-    voxels, padded = read_frames([frame.pixels for frame in frames], context, to_air)
+    voxels, padded = read_frames([frame.pixels for frame in frames], context)
     origin = positions[0]
     rows_mm, columns_mm = first.pixel_spacing
     row, column = first.orientation

@@ -104,12 +104,12 @@ class PixelLayout:
         return self.rows * self.columns * self.bits_allocated // 8
 
 
-def read_frames(layouts: list[PixelLayout], context: LoadContext, to_air: bool) -> tuple[np.ndarray, int]:
+def read_frames(layouts: list[PixelLayout], context: LoadContext) -> tuple[np.ndarray, int]:
     """Reads frames of one size.
 
     Returns:
         `(np.ndarray, int)`: HU of shape `(frames, rows, columns)`, int16 if every value fits and is whole, else
-        float32, and, with `to_air`, how many pixels were padding and became air.
+        float32, and, with `context.pads`, how many pixels were padding and became air.
     """
     rows, columns = layouts[0].rows, layouts[0].columns
     whole = all(float(v).is_integer() for layout in layouts for v in (layout.slope, layout.intercept))
@@ -121,7 +121,7 @@ def read_frames(layouts: list[PixelLayout], context: LoadContext, to_air: bool) 
         jobs = list(zip(layouts, codes, voxels))
         with ThreadPoolExecutor(threads) as pool:
             work = [
-                pool.submit(_read_some, jobs[start : start + FRAMES_PER_JOB], context, to_air)
+                pool.submit(_read_some, jobs[start : start + FRAMES_PER_JOB], context)
                 for start in range(0, len(jobs), FRAMES_PER_JOB)
             ]
             try:
@@ -133,13 +133,11 @@ def read_frames(layouts: list[PixelLayout], context: LoadContext, to_air: bool) 
     raise AssertionError("float32 holds every value")
 
 
-def _read_some(jobs: list[tuple], context: LoadContext, to_air: bool) -> list[int | None]:
-    return [_read_frame(*job, context, to_air) for job in jobs]
+def _read_some(jobs: list[tuple], context: LoadContext) -> list[int | None]:
+    return [_read_frame(*job, context) for job in jobs]
 
 
-def _read_frame(
-    layout: PixelLayout, code: bytes | None, out: np.ndarray, context: LoadContext, to_air: bool
-) -> int | None:
+def _read_frame(layout: PixelLayout, code: bytes | None, out: np.ndarray, context: LoadContext) -> int | None:
     """Fills one slice; returns the number of padding pixels, or `None` if the values do not fit the slice's type."""
     straight = layout.native and layout.dtype.itemsize == 2 and out.dtype == np.int16
     if straight:
@@ -155,7 +153,7 @@ def _read_frame(
     stored = _stored_bits(stored, layout)
     flat = out.reshape(-1)
     declared = None
-    if to_air and layout.padding is not None:
+    if context.pads and layout.padding is not None:
         declared = (stored >= layout.padding[0]) & (stored <= layout.padding[1])
         # As large a value as -32768 would not be int16 once rescaled; what stands here instead is of no matter.
         np.copyto(stored, 0, where=declared)
@@ -166,7 +164,7 @@ def _read_frame(
         if out.dtype == np.int16 and not fits_int16(values):
             return None
         flat[:] = values
-    if not to_air:
+    if not context.pads:
         return 0
     count = 0
     if declared is not None:

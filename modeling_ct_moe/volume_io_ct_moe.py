@@ -21,7 +21,6 @@ import os
 import re
 import warnings
 import zipfile
-from dataclasses import dataclass
 from io import BytesIO
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -114,12 +113,14 @@ def load_volume(
     if not (series is None or isinstance(series, str) or type(series) is int):
         raise VolumeError("series", f"{series!r}", "Pass a number or a SeriesInstanceUID")
 
-    context = LoadContext(_name_of(source), check, intensity, MAX_VOLUME_BYTES if max_bytes is None else max_bytes)
-    options = _Options(series, spacing, padding)
+    max_bytes = MAX_VOLUME_BYTES if max_bytes is None else max_bytes
+    context = LoadContext(_name_of(source), series, spacing, intensity, check, padding, max_bytes)
     try:
         with context.files:
-            stored = _read(source, context, options)
-        least = clean_values(stored, context, padding)
+            stored = _read(source, context)
+        if spacing is not None and stored.facts["format"] not in ("array", "npy", "npz"):
+            raise context.error("has its own voxel size", "Pass spacing only with arrays, .npy and .npz")
+        least = clean_values(stored, context)
         check_hounsfield(stored.voxels, least, context)
         voxels, affine = to_lps(stored, context, reorient)
     except MemoryError as error:
@@ -130,19 +131,6 @@ def load_volume(
         warnings.warn(f"{context.subject}: {finding}", VolumeWarning, stacklevel=2)
     meta = {**stored.facts, "intensity": intensity, "warnings": context.warnings}
     return Volume(voxels, spacing_of(affine), affine, meta)
-
-
-@dataclass
-class _Options:
-    """What only some formats understand."""
-
-    series: int | str | None
-    spacing: tuple[float, float, float] | None
-    padding: str
-
-    def refuse_spacing(self, context: LoadContext) -> None:
-        if self.spacing is not None:
-            raise context.error("has its own voxel size", "Pass spacing only with arrays, .npy and .npz")
 
 
 def _name_of(source: Any) -> str:
@@ -158,7 +146,7 @@ def _name_of(source: Any) -> str:
     return type(source).__name__
 
 
-def _read(source: Any, context: LoadContext, options: _Options) -> StoredVolume:
+def _read(source: Any, context: LoadContext) -> StoredVolume:
     if isinstance(source, dict):
         if source.get("bytes") is not None:
             source = source["bytes"]
@@ -169,21 +157,20 @@ def _read(source: Any, context: LoadContext, options: _Options) -> StoredVolume:
     if isinstance(source, str) and "://" in source:
         source = fetch(source, context)
     if isinstance(source, (str, os.PathLike)):
-        return _read_path(Path(source), context, options)
+        return _read_path(Path(source), context)
     if isinstance(source, (bytes, bytearray, memoryview)):
-        return _read_file(BytesIO(source), None, context, options)
+        return _read_file(BytesIO(source), None, context)
     if hasattr(source, "read"):
-        return _read_file(_seekable(source, context), None, context, options)
+        return _read_file(_seekable(source, context), None, context)
     if isinstance(source, np.ndarray):
-        return read_array(source, options.spacing, context)
-    options.refuse_spacing(context)
+        return read_array(source, context)
     if isinstance(source, SpatialImage):
         return read_nibabel(source, context)
     if is_dataset(source):
         source = [source]
     if isinstance(source, (list, tuple)):
         entries = [_listed(item, context) for item in source]
-        return read_dicom(entries, context, options.series, options.padding, strict=True)
+        return read_dicom(entries, context, strict=True)
     raise context.error(
         "not a scan", f"Pass a path, bytes, an image, or a list of DICOM files; files may be {_FORMATS}"
     )
@@ -198,47 +185,54 @@ def _listed(item: Any, context: LoadContext) -> Any:
     raise context.error(f"a list that holds {type(item).__name__}", "Pass a list of DICOM paths or pydicom datasets")
 
 
-def _read_path(path: Path, context: LoadContext, options: _Options) -> StoredVolume:
+def _read_path(path: Path, context: LoadContext) -> StoredVolume:
     try:
         is_folder = path.is_dir()
     except (OSError, ValueError):  # Python before 3.12 raises for a null byte in the name
         is_folder = False
     if is_folder:
-        options.refuse_spacing(context)
-        return read_dicom(folder_entries(path, context), context, options.series, options.padding, strict=False)
-    return _read_file(open_path(path_entry(path, context), context), path, context, options)
+        return read_dicom(folder_entries(path, context), context, strict=False)
+    return _read_file(open_path(path_entry(path, context), context), path, context)
 
 
 def _seekable(file: Any, context: LoadContext) -> BinaryIO:
     """The file object itself, or what it holds if it can only be read forwards."""
-    if file.seekable():
-        return file
-    content = file.read(context.max_bytes + 1)
+    try:
+        if not isinstance(file.read(0), bytes):
+            raise context.error("a text file object", 'Open it with mode "rb"')
+        if hasattr(file, "readinto") and file.seekable():
+            return file
+        content = file.read(context.max_bytes + 1)
+    except (OSError, ValueError) as error:
+        if isinstance(error, VolumeError):
+            raise
+        raise context.error(f"cannot be read ({type(error).__name__})", "Open the file again") from error
     context.claim(len(content), "the stream")
     return BytesIO(content)
 
 
-def _read_file(file: BinaryIO, path: Path | None, context: LoadContext, options: _Options) -> StoredVolume:
+def _read_file(file: BinaryIO, path: Path | None, context: LoadContext) -> StoredVolume:
     """Reads one file by what it starts with."""
     stream = VoxelStream(file, context)
     if stream.stored_bytes == 0:
         raise context.error("the file is empty", "Copy or export it again")
     start = stream.read(540)
     folder = None if path is None else path.parent
+    kind, is_pair = header_class(start)
+    if kind is None and stream.codec == "gzip":
+        raise context.error("a gzip file that holds no NIfTI", "Unpack it")
     if start[:4] == _ZIP_MAGIC:
-        return _read_zip(file, context, options)
+        return _read_zip(file, context)
     if start[:6] == NPY_MAGIC:
         file.seek(0)
-        return read_npy(file, options.spacing, context)
-    options.refuse_spacing(context)
-    _, is_pair = header_class(start)
+        return read_npy(file, context)
     if is_pair is False:
         return read_nifti(file, None, context)
     if is_pair:
         return read_nifti(file, _other_half(path, ".img", context), context)
     if is_dicom(start):
         entry = path_entry(path, context) if path is not None else _in_memory(file, context)
-        return read_dicom([entry], context, options.series, options.padding, strict=True)
+        return read_dicom([entry], context, strict=True)
     if is_metaimage(start):
         return read_metaimage(file, folder, context)
     if is_nrrd(start):
@@ -255,21 +249,20 @@ def _in_memory(file: BinaryIO, context: LoadContext) -> BytesEntry:
     return BytesEntry("the file", content)
 
 
-def _read_zip(file: BinaryIO, context: LoadContext, options: _Options) -> StoredVolume:
+def _read_zip(file: BinaryIO, context: LoadContext) -> StoredVolume:
     """A zip of DICOM files, an .npz, or a zip around one file of another format."""
     try:
         archive = context.files.enter_context(zipfile.ZipFile(file))
         entries = zip_entries(archive, context)
         if entries and all(entry.name.endswith(".npy") for entry in entries):
-            return read_npz(entries, options.spacing, options.series, context)
-        options.refuse_spacing(context)
+            return read_npz(entries, context)
         if any(entry.head(4) == _ZIP_MAGIC for entry in entries[:1]):
             raise context.error("an archive in an archive", "Unpack the outer one")
         if len(entries) == 1 and not is_dicom(entries[0].head(540)):
-            return _read_file(BytesIO(entries[0].read()), None, context, options)
+            return _read_file(BytesIO(entries[0].read()), None, context)
     except READ_ERRORS as error:
         raise context.error(f"the zip archive is damaged ({type(error).__name__})", "Copy or pack it again") from error
-    return read_dicom(entries, context, options.series, options.padding, strict=False)
+    return read_dicom(entries, context, strict=False)
 
 
 def _other_half(path: Path | None, suffix: str, context: LoadContext) -> BinaryIO | None:

@@ -26,7 +26,7 @@ PADDING_BELOW_HU = -1400
 SAMPLE_VOXELS = 500_000
 
 
-def clean_values(stored: StoredVolume, context: LoadContext, padding: str) -> float:
+def clean_values(stored: StoredVolume, context: LoadContext) -> float:
     """Makes every voxel a finite number and, with `intensity="hu"` and `padding="air"`, padding air.
 
     The array is changed in place if it belongs to the load and copied first if it is the caller's.
@@ -48,7 +48,7 @@ def clean_values(stored: StoredVolume, context: LoadContext, padding: str) -> fl
         _own(stored)
         np.copyto(stored.voxels, fill, where=~finite)
         low = stored.voxels.min()
-    if context.intensity == "hu" and padding == "air" and low < PADDING_BELOW_HU:
+    if context.pads and low < PADDING_BELOW_HU:
         _own(stored)
         count = sum(map(padding_to_air, stored.voxels))  # slice by slice: no mask of the whole volume
         stored.facts["padding_voxels"] = stored.facts.get("padding_voxels", 0) + count
