@@ -91,7 +91,7 @@ class CTMoEModelTester:
         self.hidden_size = 32
         self.num_hidden_layers = 2
         self.num_attention_heads = 2
-        self.image_token_id = self.vocab_size - 1  # not among the tokens 1 to 19 of the training test
+        self.image_token_id = 20  # the training test writes 1 to 19, resizing the vocabulary keeps 0 to 83
         self.num_image_tokens = self.get_config().num_visual_tokens(self.vision.num_slices)
         self.seq_length = self.num_image_tokens + 7
         self.encoder_seq_length = self.seq_length
@@ -104,6 +104,8 @@ class CTMoEModelTester:
             num_hidden_layers=self.num_hidden_layers,
             num_attention_heads=self.num_attention_heads,
             num_key_value_heads=1,
+            max_position_embeddings=512,
+            original_max_position_embeddings=512,
             pad_token_id=0,
             bos_token_id=1,
             eos_token_id=2,
@@ -117,8 +119,8 @@ class CTMoEModelTester:
 
     def prepare_config_and_inputs_for_common(self) -> tuple[CTMoEConfig, dict[str, torch.Tensor]]:
         generator = torch.Generator().manual_seed(2)
-        text = torch.randint(6, self.image_token_id, (self.batch_size, self.seq_length), generator=generator)
+        text = torch.randint(21, 84, (self.batch_size, self.seq_length), generator=generator)
         text[:, 2 : 2 + self.num_image_tokens] = self.image_token_id
         inputs = {"input_ids": text, "attention_mask": torch.ones_like(text), **self.vision.volume_inputs()}
-        guide = torch.randint(6, self.image_token_id, (self.batch_size, 5), generator=generator)
+        guide = torch.randint(21, 84, (self.batch_size, 5), generator=generator)
         return self.get_config(), {**inputs, "guide_input_ids": guide, "guide_attention_mask": torch.ones_like(guide)}
