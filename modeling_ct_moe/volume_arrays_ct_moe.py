@@ -17,16 +17,20 @@ Their axes are taken to be (z, y, x) in LPS, this package's own order, unless an
 """
 
 import re
+from io import BytesIO
 from typing import BinaryIO
 
 import numpy as np
 
 from .volume_ct_moe import LoadContext, StoredVolume
-from .volume_files_ct_moe import READ_ERRORS, ZipEntry
+from .volume_files_ct_moe import ZipEntry
 from .volume_voxels_ct_moe import VoxelStream, check_end, check_type, read_voxels, voxels_of
 
 
 NPY_MAGIC = b"\x93NUMPY"
+
+# Shape and type of a plain array take some hundred bytes.
+MAX_HEADER_BYTES = 10_000
 
 
 def read_array(array: np.ndarray, context: LoadContext) -> StoredVolume:
@@ -68,39 +72,49 @@ def read_npz(entries: list[ZipEntry], context: LoadContext) -> StoredVolume:
         name = series
     else:
         listed = ", ".join(re.sub(r"[^\w.-]", "?", name) for name in names[:20])
-        raise context.error(f"{len(names)} arrays ({listed})", "Choose one by its name: series=...")
+        raise context.error(f"{len(names)} arrays ({listed})", 'Choose one by its name, as in series="name"')
     entry = members[name]
-    with entry.archive.open(entry.info) as member:
+    with entry.open() as member:
         stream = VoxelStream(member, context, codec="raw", stored_bytes=entry.size)
         voxels, shape, dtype = _read_npy(stream, context)
     return StoredVolume(voxels, affine, {"format": "npz", **_facts(shape, dtype), **facts})
 
 
 def _small_array(entry: ZipEntry, context: LoadContext) -> np.ndarray:
-    if entry.size > 4096:
-        raise context.error(f"{entry.name} is no geometry", "Store spacing as 3 and affine as 4 x 4 numbers")
-    try:
-        with entry.archive.open(entry.info) as member:
-            return np.asarray(np.lib.format.read_array(member, allow_pickle=False), np.float64)
-    except (*READ_ERRORS, ValueError, TypeError) as error:
-        raise context.error(
-            f"{entry.name} cannot be read", "Store spacing as 3 and affine as 4 x 4 numbers"
-        ) from error
+    with entry.open() as member:
+        stream = VoxelStream(member, context, codec="raw", stored_bytes=entry.size)
+        shape, fortran_order, dtype = _read_npy_header(stream, context)
+        count = int(np.prod(shape, dtype=object))
+        if dtype.kind not in "iuf" or not 1 <= count <= 16:
+            raise context.error(f"{entry.name} holds no geometry", "Store spacing as 3 and affine as 4 x 4 numbers")
+        content = stream.read(count * dtype.itemsize)
+    if len(content) < count * dtype.itemsize:
+        raise context.error(f"{entry.name} ends too early", "Save the array again")
+    return np.frombuffer(content, dtype).reshape(shape, order="F" if fortran_order else "C").astype(np.float64)
 
 
 def _read_npy(stream: VoxelStream, context: LoadContext) -> tuple[np.ndarray, tuple, np.dtype]:
     """Header and voxels of a .npy stream."""
-    try:
-        version = np.lib.format.read_magic(stream)
-        read_header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
-        stored_shape, fortran_order, dtype = read_header[version](stream)
-    except (ValueError, KeyError, TypeError, SyntaxError, RecursionError) as error:
-        raise context.error("the .npy header is damaged, or holds pickled objects", "Save a plain array") from error
+    stored_shape, fortran_order, dtype = _read_npy_header(stream, context)
     check_type(dtype, context)
     shape = _volume_shape(stored_shape, context)
     voxels = read_voxels(stream, shape[::-1] if fortran_order else shape, dtype, 1.0, 0.0, context)
     check_end(stream, voxels, context)
     return voxels.T if fortran_order else voxels, shape, dtype
+
+
+def _read_npy_header(stream: VoxelStream, context: LoadContext) -> tuple[tuple, bool, np.dtype]:
+    """Shape, memory order and type. numpy parses the header, but would first read as much as it claims to be long."""
+    magic = stream.read(8)
+    size = stream.read(2 if magic[6:] == b"\1\0" else 4)
+    length = int.from_bytes(size, "little")
+    header = BytesIO(magic + size + stream.read(min(length, MAX_HEADER_BYTES)))
+    try:
+        version = np.lib.format.read_magic(header)
+        read_header = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+        return read_header[version](header, max_header_size=MAX_HEADER_BYTES)
+    except Exception as error:  # numpy evaluates the header as a literal, and lets several kinds of error through
+        raise context.error("the .npy header is damaged", "Save a plain array") from error
 
 
 def _volume_shape(shape: tuple[int, ...], context: LoadContext) -> tuple[int, int, int]:

@@ -105,6 +105,7 @@ class LoadContext:
         series, spacing, intensity, check, padding, max_bytes: as in `load_volume`.
         warnings (`list[str]`): what was odd.
         files (`ExitStack`): what is open until the voxels are read.
+        held_bytes (`int`): memory that the load has taken beside the voxels.
     """
 
     subject: str
@@ -116,6 +117,7 @@ class LoadContext:
     max_bytes: int = MAX_VOLUME_BYTES
     warnings: list[str] = field(default_factory=list)
     files: ExitStack = field(default_factory=ExitStack)
+    held_bytes: int = 0
 
     @property
     def pads(self) -> bool:
@@ -138,9 +140,14 @@ class LoadContext:
             self.warn(finding)
 
     def claim(self, num_bytes: int, what: str) -> None:
-        """Refuses, before anything is allocated, what would go over the limit."""
-        if num_bytes > self.max_bytes:
+        """Refuses, before anything is allocated, what would go over the limit together with what is held."""
+        if num_bytes + self.held_bytes > self.max_bytes:
             raise self.error(
                 f"{what} would take {num_bytes / 1e6:.0f} MB, over the limit of {self.max_bytes / 1e6:.0f} MB",
                 "Pass a larger max_bytes if the scan really is that large",
             )
+
+    def hold(self, num_bytes: int, what: str) -> None:
+        """Claims memory that stays taken until the volume is loaded."""
+        self.claim(num_bytes, what)
+        self.held_bytes += num_bytes

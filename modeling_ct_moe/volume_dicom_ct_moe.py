@@ -251,7 +251,7 @@ def _assemble(stack: Stack, context: LoadContext) -> StoredVolume:
 def _check_kind(frames: list[Frame], context: LoadContext) -> None:
     """Is it CT, in HU, in a transfer syntax that can be read?"""
     for frame in frames:
-        if frame.pixels.syntax and frame.pixels.syntax not in KNOWN_SYNTAXES:
+        if frame.pixels.syntax not in KNOWN_SYNTAXES:
             name = re.sub(r"[^0-9.]", "?", frame.pixels.syntax)[:64]
             raise context.error(
                 f"transfer syntax {name} is not supported", "Convert the series to Explicit VR Little Endian"

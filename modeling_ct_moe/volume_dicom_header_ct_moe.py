@@ -140,7 +140,7 @@ class Frame:
 
 def is_dicom(start: bytes) -> bool:
     """Whether a file that starts so is DICOM: the magic word, or an element that files without it begin with."""
-    return start[128:132] == b"DICM" or (start[:2] in (b"\x02\0", b"\x08\0") and start[2] <= 0x18 and start[3] == 0)
+    return start[128:132] == b"DICM" or re.match(rb"[\x02\x08]\0[\0-\x18]\0", start) is not None
 
 
 def is_dataset(source) -> bool:
@@ -208,6 +208,7 @@ def _parse(entry: Entry, context: LoadContext) -> _Header | None:
     if header.offset is None and entry.size > len(head):
         context.claim(entry.size, entry.name)
         header = _Header(*_read(entry.read(), start, syntax), syntax, entry)
+    header.syntax = header.syntax or NATIVE_SYNTAXES[1]  # not stated: then pixels are not compressed
     if header.offset is not None and header.length is not None:
         header.length = min(header.length, entry.size - header.offset)  # a truncated file promises more than it holds
     return header

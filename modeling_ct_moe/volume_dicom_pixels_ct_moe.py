@@ -57,6 +57,9 @@ KNOWN_SYNTAXES = (*NATIVE_SYNTAXES, RLE, *_JPEG_DECODERS)
 # Few enough to share the work out evenly, enough that handing it out costs nothing.
 FRAMES_PER_JOB = 4
 
+# What a codec takes per pixel while it works: JPEG 2000 transforms in 32 bits and returns another array.
+DECODER_BYTES = 12
+
 _DAMAGED = "The file is damaged: copy or export it again"
 
 
@@ -116,7 +119,8 @@ def read_frames(layouts: list[PixelLayout], context: LoadContext) -> tuple[np.nd
     threads = min(8, os.cpu_count() or 1, len(layouts))
     codes = _codes_of_shared_files(layouts, context)
     for dtype in (np.int16, np.float32) if whole else (np.float32,):
-        context.claim(len(layouts) * rows * columns * np.dtype(dtype).itemsize, "the volume")
+        scratch = 0 if layouts[0].native else threads * rows * columns * DECODER_BYTES
+        context.claim(len(layouts) * rows * columns * np.dtype(dtype).itemsize + scratch, "the volume")
         voxels = np.empty((len(layouts), rows, columns), dtype)
         jobs = list(zip(layouts, codes, voxels))
         with ThreadPoolExecutor(threads) as pool:

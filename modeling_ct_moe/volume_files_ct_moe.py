@@ -19,14 +19,17 @@ lead elsewhere or blow up (links out of a folder, pipes, zip paths that climb ou
 
 import os
 import stat
+import struct
 import zipfile
 import zlib
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
 from huggingface_hub.constants import HF_HUB_CACHE
 
+from .errors_ct_moe import VolumeError
 from .volume_ct_moe import LoadContext
 
 
@@ -99,19 +102,30 @@ class ZipEntry:
     def size(self) -> int:
         return self.info.file_size
 
+    @contextmanager
+    def open(self):
+        """The member as a file that is read forwards."""
+        try:
+            with self.archive.open(self.info) as file:
+                yield file
+        except VolumeError:
+            raise
+        except (ValueError, struct.error) as error:  # offsets and names that make no sense
+            raise zipfile.BadZipFile(str(error)) from error
+
     def head(self, num_bytes: int) -> bytes:
         """The first bytes."""
-        with self.archive.open(self.info) as file:
+        with self.open() as file:
             return file.read(num_bytes)
 
     def read(self) -> bytes:
         """The whole content."""
-        with self.archive.open(self.info) as file:
+        with self.open() as file:
             return file.read(self.size)
 
     def readinto(self, offset: int, view: memoryview) -> int:
         """Fills the view from `offset` on and returns how many bytes there were."""
-        with self.archive.open(self.info) as file:
+        with self.open() as file:
             file.seek(offset)
             return _fill(file, view)
 
@@ -216,7 +230,7 @@ def zip_entries(archive: zipfile.ZipFile, context: LoadContext) -> list[ZipEntry
             raise context.error("the archive holds a path that leads out of it", "Do not trust this archive")
         if stat.S_ISLNK(info.external_attr >> 16):
             raise context.error(f"the archive holds a link, {name}", "Pack the files themselves")
-        if info.is_dir():
+        if not name or info.is_dir():
             continue
         if info.flag_bits & 1:
             raise context.error("the archive is encrypted", "Unpack it and pass the folder")

@@ -35,6 +35,9 @@ SHEAR_TOLERANCE_DEG = 0.5
 # Gantries tilt by 30 degrees at most; what leans further is a mistake.
 MAX_TILT_DEG = 45.0
 
+# mm; what is further away from a scanner's centre is not on it, and squares of it overflow.
+MAX_COORDINATE = 1e7
+
 # Nothing that is scanned has voxels outside this range, in mm.
 SPACING_RANGE_MM = (0.01, 100.0)
 
@@ -92,8 +95,15 @@ def orientation_codes(affine: np.ndarray) -> str:
     return "".join(codes)
 
 
+def check_numbers(affine: np.ndarray, context: LoadContext) -> None:
+    """Refuses an affine with numbers that no arithmetic should be done with."""
+    if not (np.isfinite(affine).all() and np.abs(affine).max() < MAX_COORDINATE):
+        raise context.error("the affine holds values that are no coordinates", "Repair the header's geometry")
+
+
 def check_affine(affine: np.ndarray, context: LoadContext) -> None:
     """Refuses an affine that maps the volume to nothing."""
+    check_numbers(affine, context)
     steps = np.linalg.norm(affine[:3, :3], axis=0)
     if not (steps > 0).all():
         raise context.error(f"voxel size {_mm(steps)}", "Repair the header: every voxel size must be above zero")

@@ -207,7 +207,7 @@ def _seekable(file: Any, context: LoadContext) -> BinaryIO:
         if isinstance(error, VolumeError):
             raise
         raise context.error(f"cannot be read ({type(error).__name__})", "Open the file again") from error
-    context.claim(len(content), "the stream")
+    context.hold(len(content), "the stream")
     return BytesIO(content)
 
 
@@ -245,7 +245,7 @@ def _read_file(file: BinaryIO, path: Path | None, context: LoadContext) -> Store
 def _in_memory(file: BinaryIO, context: LoadContext) -> BytesEntry:
     file.seek(0)
     content = file.read(context.max_bytes + 1)
-    context.claim(len(content), "the file")
+    context.hold(len(content), "the file")
     return BytesEntry("the file", content)
 
 
@@ -259,6 +259,7 @@ def _read_zip(file: BinaryIO, context: LoadContext) -> StoredVolume:
         if any(entry.head(4) == _ZIP_MAGIC for entry in entries[:1]):
             raise context.error("an archive in an archive", "Unpack the outer one")
         if len(entries) == 1 and not is_dicom(entries[0].head(540)):
+            context.hold(entries[0].size, "the file in the archive")
             return _read_file(BytesIO(entries[0].read()), None, context)
     except READ_ERRORS as error:
         raise context.error(f"the zip archive is damaged ({type(error).__name__})", "Copy or pack it again") from error

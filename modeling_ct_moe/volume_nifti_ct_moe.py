@@ -25,7 +25,7 @@ from nibabel.arrayproxy import ArrayProxy
 from nibabel.spatialimages import HeaderDataError
 
 from .volume_ct_moe import LoadContext, StoredVolume
-from .volume_geometry_ct_moe import spacing_of
+from .volume_geometry_ct_moe import check_numbers, spacing_of
 from .volume_voxels_ct_moe import VoxelStream, check_end, check_type, read_voxels, three_axes, voxels_of
 
 
@@ -187,8 +187,9 @@ def _affine(header, context: LoadContext) -> np.ndarray:
         affine = header.get_base_affine()
     else:
         affine = qform if sform is None else sform
-    if not np.isfinite(affine).all():
-        raise context.error("the affine holds values that are not finite", "Repair the header's sform or qform")
+    for each in (sform, qform):
+        if each is not None:
+            check_numbers(each, context)
     if sform is not None and not np.allclose(spacing_of(sform)[::-1], pixdim, rtol=0.01):
         context.warn("voxel sizes of the sform and of pixdim differ; the sform was used")
     elif sform is not None and qform is not None:

@@ -38,19 +38,18 @@ def clean_values(stored: StoredVolume, context: LoadContext) -> float:
     if stored.voxels.dtype == np.float32:
         high = stored.voxels.max()
     if not (np.isfinite(low) and np.isfinite(high)):
-        finite = np.isfinite(stored.voxels)
-        if not finite.any():
+        # Slice by slice, here and below: no mask of the whole volume.
+        smallest = min(np.min(part, where=np.isfinite(part), initial=np.inf) for part in stored.voxels)
+        if not np.isfinite(smallest):
             raise context.error("no voxel is a finite number", "Export the scan again")
-        fill = AIR_HU if context.intensity == "hu" else stored.voxels[finite].min()
-        context.warn(
-            f"{finite.size - np.count_nonzero(finite)} voxels were not finite numbers and were set to {fill:g}"
-        )
-        _own(stored)
-        np.copyto(stored.voxels, fill, where=~finite)
+        fill = AIR_HU if context.intensity == "hu" else smallest
+        _own(stored, context)
+        count = sum(_replace_not_finite(part, fill) for part in stored.voxels)
+        context.warn(f"{count} voxels were not finite numbers and were set to {fill:g}")
         low = stored.voxels.min()
     if context.pads and low < PADDING_BELOW_HU:
-        _own(stored)
-        count = sum(map(padding_to_air, stored.voxels))  # slice by slice: no mask of the whole volume
+        _own(stored, context)
+        count = sum(map(padding_to_air, stored.voxels))
         stored.facts["padding_voxels"] = stored.facts.get("padding_voxels", 0) + count
         low = stored.voxels.min()
     return float(low)
@@ -107,7 +106,14 @@ def check_hounsfield(voxels: np.ndarray, least: float, context: LoadContext) -> 
         context.warn(f"{seen}: denser than any tissue")
 
 
-def _own(stored: StoredVolume) -> None:
+def _replace_not_finite(values: np.ndarray, fill: float) -> int:
+    mask = ~np.isfinite(values)
+    np.copyto(values, fill, where=mask)
+    return int(np.count_nonzero(mask))
+
+
+def _own(stored: StoredVolume, context: LoadContext) -> None:
     if not stored.owned:
+        context.claim(stored.voxels.nbytes, "a copy of the volume")
         stored.voxels = stored.voxels.copy()
         stored.owned = True

@@ -42,7 +42,9 @@ BLOCK_BYTES = 1 << 20
 
 GZIP_MAGIC = b"\x1f\x8b"
 
-_DECODE_ERRORS = (OSError, EOFError, zlib.error, zipfile.BadZipFile) + ((isal_zlib.error,) if isal_zlib else ())
+_DECODE_ERRORS = (OSError, EOFError, ValueError, zlib.error, zipfile.BadZipFile) + (
+    (isal_zlib.error,) if isal_zlib else ()
+)
 
 
 class VoxelStream:
@@ -172,7 +174,7 @@ def read_voxels(
         _expect(stream.readinto(memoryview(part.view(np.uint8)).cast("B")), part.nbytes, context)
         values = rescale(part)
         if voxels.dtype == np.int16 and not fits_int16(values):
-            context.claim(count * 4, "the volume")
+            context.claim(count * 6, "the volume")
             voxels = voxels.astype(np.float32)
         voxels[start : start + len(part)] = values
     return voxels.reshape(shape)
@@ -189,7 +191,7 @@ def voxels_of(array: np.ndarray, slope: float, intercept: float, context: LoadCo
     for index, part in enumerate(array):
         values = rescale(part)
         if voxels.dtype == np.int16 and not fits_int16(values):
-            context.claim(array.size * 4, "the volume")
+            context.claim(array.size * 6, "the volume")
             voxels = voxels.astype(np.float32)
         voxels[index] = values
     return voxels, True

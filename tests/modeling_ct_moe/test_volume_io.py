@@ -258,7 +258,7 @@ def test_odd_values_warn():
         ({"pixdim": [1, 0, 1, 1, 0, 0, 0, 0]}, "voxel size"),
         ({"pixdim": [1, np.nan, 1, 1, 0, 0, 0, 0]}, "voxel size"),
         ({"srow_x": [0, 0, 0, 0]}, "voxel size"),
-        ({"srow_x": [np.inf, 0, 0, 0]}, "not finite"),
+        ({"srow_x": [np.inf, 0, 0, 0]}, "no coordinates"),
         ({"srow_x": [1, 1, 0, 0], "srow_y": [0, 0, 0, 0]}, "same way"),
         ({"srow_x": [-800, 0, 0, 0]}, "is no CT scan's"),
         ({"vox_offset": -1}, "start at byte -1"),

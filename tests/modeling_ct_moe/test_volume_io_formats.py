@@ -105,7 +105,7 @@ class Explosive:
     [
         (npy(np.array([Explosive()], dtype=object), allow_pickle=True), "type object"),
         (npz(hu=np.array([Explosive()], dtype=object)), "type object"),
-        (npz(hu=body(), spacing=np.array([Explosive()], dtype=object)), "spacing.npy cannot be read"),
+        (npz(hu=body(), spacing=np.array([Explosive()], dtype=object)), "spacing.npy holds no geometry"),
         (pickle.dumps(body()), "unknown format"),
         (npy(body()[0]), "is no volume"),
         (npy(np.zeros((2, 6, 8, 10), np.int16)), "is no volume"),
