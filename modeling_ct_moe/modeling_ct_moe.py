@@ -676,12 +676,14 @@ class CTMoEVisionModel(CTMoEPreTrainedModel):
         if prefix_hidden_states is None:
             self._check_pixel_values(pixel_values)
             num_volumes, num_slices = pixel_values.shape[:2]
+            self._check_shapes(num_volumes, num_slices, slice_mask, slice_positions, patch_mask, volume_scale)
             if volume_scale is None:
                 volume_scale = pixel_values.new_zeros(num_volumes, 2)
             hidden_states = self.pre_layernorm(self.embeddings(pixel_values, volume_scale))
             first_layer = 0
         else:
             num_volumes, num_slices = prefix_hidden_states.shape[:2]
+            self._check_shapes(num_volumes, num_slices, slice_mask, slice_positions, patch_mask, volume_scale)
             hidden_states = prefix_hidden_states.flatten(0, 1)
             first_layer = first_moe_layer
         device = hidden_states.device
@@ -689,12 +691,6 @@ class CTMoEVisionModel(CTMoEPreTrainedModel):
         if slice_mask is None:
             slice_mask = torch.ones(num_volumes, num_slices, dtype=torch.bool, device=device)
         if slice_positions is None:
-            if num_slices > 1:
-                raise ModelError(
-                    "slice_positions",
-                    f"missing for volumes of {num_slices} slices",
-                    "Pass what the processor returned: the model places slices by millimetres, not by number",
-                )
             slice_positions = torch.zeros(num_volumes, num_slices, dtype=torch.int32, device=device)
 
         attention_mask = self._attention_mask(hidden_states.unflatten(0, (num_volumes, num_slices)), slice_mask)
@@ -745,6 +741,33 @@ class CTMoEVisionModel(CTMoEPreTrainedModel):
                 f"shape {tuple(pixel_values.shape)}, expected (volumes, slices, {', '.join(map(str, expected))})",
                 "Make them with the model's own processor",
             )
+
+    def _check_shapes(
+        self,
+        num_volumes: int,
+        num_slices: int,
+        slice_mask: torch.Tensor | None,
+        slice_positions: torch.Tensor | None,
+        patch_mask: torch.Tensor | None,
+        volume_scale: torch.Tensor | None,
+    ) -> None:
+        if slice_positions is None and num_slices > 1:
+            raise ModelError(
+                "slice_positions",
+                f"missing for volumes of {num_slices} slices",
+                "Pass what the processor returned: the model places slices by millimetres, not by number",
+            )
+        slices, grid = (num_volumes, num_slices), self.config.grid_size
+        for name, value, shape in (
+            ("slice_mask", slice_mask, slices),
+            ("slice_positions", slice_positions, slices),
+            ("patch_mask", patch_mask, (*slices, grid, grid)),
+            ("volume_scale", volume_scale, (num_volumes, 2)),
+        ):
+            if value is not None and tuple(value.shape) != shape:
+                raise ModelError(
+                    name, f"shape {tuple(value.shape)}, expected {shape}", "Make it with the model's own processor"
+                )
 
     def _prepare_routing(
         self,

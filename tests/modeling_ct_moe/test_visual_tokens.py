@@ -112,6 +112,10 @@ def test_a_wrong_number_of_placeholders_is_refused_with_both_counts(change):
     [
         (lambda x: {**x, "pixel_values": x["pixel_values"][..., :-1]}, r"shape \(1, 3, 3, 12, 11\)"),
         (lambda x: {"pixel_values": x["pixel_values"][0]}, r"shape \(3, 3, 12, 12\)"),
+        (lambda x: {**x, "slice_mask": x["slice_mask"][:, 1:]}, r"slice_mask: shape \(1, 2\), expected \(1, 3\)"),
+        (lambda x: {**x, "slice_positions": x["slice_positions"][0]}, r"slice_positions: shape \(3,\)"),
+        (lambda x: {**x, "patch_mask": torch.ones(1, 3, 4, 4)}, r"shape \(1, 3, 4, 4\), expected \(1, 3, 3, 3\)"),
+        (lambda x: {**x, "volume_scale": torch.zeros(1, 3)}, r"volume_scale: shape \(1, 3\), expected \(1, 2\)"),
         (lambda x: {**x, "slice_positions": None}, "missing for volumes of 3 slices"),
         (lambda x: {**x, "task_ids": torch.tensor([3])}, "3 names no task of"),
         (lambda x: {**x, "task_ids": torch.tensor([0, 1])}, "2 rows for 1 volumes"),
