@@ -60,6 +60,7 @@ FRAMES_PER_JOB = 4
 # What a codec takes per pixel while it works: JPEG 2000 transforms in 32 bits and returns another array.
 DECODER_BYTES = 12
 
+_JPEG_2000_START = b"\xff\x4f\xff\x51"  # start of code stream, size marker
 _DAMAGED = "The file is damaged: copy or export it again"
 
 
@@ -217,6 +218,8 @@ def _stored_bits(stored: np.ndarray, layout: PixelLayout) -> np.ndarray:
 def _codes_of_shared_files(layouts: list[PixelLayout], context: LoadContext) -> list[bytes | None]:
     """The code stream of each compressed frame that shares a file with others, so that the file is cut up once."""
     files = {id(layout.entry): layout for layout in layouts if layout.num_frames > 1 and not layout.native}
+    for layout in files.values():
+        context.hold(layout.entry.size, layout.entry.name)
     codes = {key: _codes_of(layout, context) for key, layout in files.items()}
     return [codes[id(layout.entry)][layout.frame] if id(layout.entry) in codes else None for layout in layouts]
 
@@ -245,6 +248,8 @@ def _decode(layout: PixelLayout, code: bytes, context: LoadContext) -> np.ndarra
         decoder = _JPEG_DECODERS[layout.syntax]
         if decoder is None:
             raise context.error(f"{name} holds compressed pixels", "Run `pip install imagecodecs`")
+        if code[4:8] == b"jP  ":  # boxes around the code stream: not DICOM, but seen
+            code = code[max(0, code.find(_JPEG_2000_START)) :]
         size = _code_stream_size(code)
         if size != (layout.rows, layout.columns):
             found = "no picture" if size is None else f"{size[0]} x {size[1]} pixels"
@@ -268,9 +273,8 @@ def _decode(layout: PixelLayout, code: bytes, context: LoadContext) -> np.ndarra
 def _code_stream_size(code: bytes) -> tuple[int, int] | None:
     """Rows and columns that a JPEG, JPEG-LS or JPEG 2000 stream states, read from its first markers."""
     try:
-        start = code.find(b"\xff\x4f\xff\x51", 0, 4096)  # JPEG 2000: start of code stream, size marker
-        if start >= 0:
-            right, bottom, left, top = struct.unpack_from(">IIII", code, start + 8)
+        if code[:4] == _JPEG_2000_START:
+            right, bottom, left, top = struct.unpack_from(">IIII", code, 8)
             return bottom - top, right - left
         position = 2
         while code[position] == 0xFF:

@@ -45,6 +45,8 @@ def _from_hub(url: str, context: LoadContext) -> Path:
         raise context.error("not a valid Hub address", "Write hf://[datasets/]owner/name[@revision]/path") from error
     if uri.is_bucket:
         raise context.error("buckets are not read", "Download the scan and pass its path")
+    if not uri.path_in_repo:
+        raise context.error("a whole repository", "Add the path of a file, or of the folder of a series")
     where = {"repo_id": uri.id, "repo_type": uri.type, "revision": uri.revision}
     try:
         try:
@@ -53,7 +55,7 @@ def _from_hub(url: str, context: LoadContext) -> Path:
             raise
         except EntryNotFoundError:  # no such file: a folder, then
             root = snapshot_download(allow_patterns=f"{uri.path_in_repo}/*", **where)
-    except (HfHubHTTPError, OSError, ValueError) as error:
+    except (HfHubHTTPError, httpx.HTTPError, OSError, ValueError) as error:
         raise context.error(
             f"cannot be fetched from the Hub ({type(error).__name__})",
             "Check the address, the network and, for a private or gated repository, `hf auth login`",

@@ -84,7 +84,9 @@ def load_volume(
             `"hu"`: the values are Hounsfield units once rescaled as the file says. `"display"`: they never were
             (arrays scaled to [0, 1], pictures); nothing is asked of the values.
         reorient (`bool`, defaults to `True`):
-            Whether to turn the axes to LPS. `False` keeps the file's axes, slowest first; `affine` then maps those.
+            Whether to turn the axes to LPS: to the nearest ones, without resampling, so that an oblique scan keeps
+            its voxels and its rotation stays in `affine` (with a warning above 15 degrees). `False` keeps the file's
+            axes, slowest first; `affine` then maps those.
         check (`str`, defaults to `"refuse"`):
             What happens to values and headers that are almost certainly not those of a CT scan: `"refuse"` raises,
             `"warn"` warns and loads, `"off"` loads without a word. What is merely odd is a warning unless `"off"`.
@@ -103,6 +105,8 @@ def load_volume(
     """
     if isinstance(source, Volume):
         return source
+    if type(source).__name__ == "Volume":  # of another copy of this file: remote code has one per entry point
+        return Volume(source.hu, source.spacing, source.affine, source.meta)
     for name, value, choices in (
         ("intensity", intensity, ("hu", "display")),
         ("check", check, ("refuse", "warn", "off")),
@@ -151,7 +155,7 @@ def _read(source: Any, context: LoadContext) -> StoredVolume:
         if source.get("bytes") is not None:
             source = source["bytes"]
         elif source.get("path") is not None:
-            source = source["path"].split("::")[-1]  # "gzip://scan.nii::/path/scan.nii.gz", as `datasets` chains them
+            source = _unchained(source["path"], context)
         else:
             raise context.error("neither path nor bytes", 'Pass {"path": ...} or {"bytes": ...}')
     if isinstance(source, str) and "://" in source:
@@ -174,6 +178,14 @@ def _read(source: Any, context: LoadContext) -> StoredVolume:
     raise context.error(
         "not a scan", f"Pass a path, bytes, an image, or a list of DICOM files; files may be {_FORMATS}"
     )
+
+
+def _unchained(path: str, context: LoadContext) -> str:
+    """The file in "gzip://scan.nii::/path/scan.nii.gz", which is how `datasets` names what it would unpack."""
+    first, *rest = path.split("::")
+    if rest and not (len(rest) == 1 and first.startswith("gzip://")):
+        raise context.error("a file inside an archive", "Cast the column with Nifti(decode=True), or unpack it")
+    return rest[0] if rest else first
 
 
 def _listed(item: Any, context: LoadContext) -> Any:

@@ -109,6 +109,7 @@ def read_nibabel(image: nib.spatialimages.SpatialImage, context: LoadContext) ->
                 stream = VoxelStream(file, context)
                 stream.skip(data.offset)
                 voxels = read_voxels(stream, shape[::-1], data.dtype, slope, intercept, context)
+                check_end(stream, voxels, context)
         except FileNotFoundError as error:
             raise context.error("the file behind the nibabel image is gone", "Load the image again") from error
         return StoredVolume(voxels, affine, facts)

@@ -191,6 +191,15 @@ def test_compressed_pixels(tmp_path, syntax, signed):
     np.testing.assert_array_equal(load_volume(write(tmp_path / "scan", datasets)).hu, body())
 
 
+def test_jpeg_2000_in_boxes():
+    datasets = series()
+    for dataset, plane in zip(datasets, body()):
+        code = imagecodecs.jpeg2k_encode((plane + 1024).astype(np.uint16), level=0, codecformat="jp2")
+        assert code[4:8] == b"jP  "
+        compress(dataset, code, "1.2.840.10008.1.2.4.90")
+    np.testing.assert_array_equal(load_volume(datasets).hu, body())
+
+
 def test_compressed_multi_frame():
     dataset = enhanced()
     frames = [

@@ -354,6 +354,14 @@ def test_values_of_a_datasets_nifti_column(tmp_path):
             assert volume.spacing == pytest.approx(SPACING)
 
 
+def test_chained_paths_of_datasets(tmp_path):
+    nib.Nifti1Image(body().T, np.diag([-0.8, -0.7, 2.5, 1])).to_filename(tmp_path / "scan.nii.gz")
+    volume = load_volume({"path": f"gzip://scan.nii::{tmp_path}/scan.nii.gz", "bytes": None})
+    np.testing.assert_array_equal(volume.hu, body())
+    with pytest.raises(VolumeError, match="a file inside an archive"):
+        load_volume({"path": "zip://scan.nii.gz::/data/scans.zip", "bytes": None})
+
+
 # URLs
 
 
@@ -397,6 +405,7 @@ def test_urls_are_fetched_and_leave_nothing_behind(server, tmp_path, monkeypatch
         ("ftp://example.org/scan.nii", "unknown kind of URL"),
         ("hf://", "not a valid Hub address"),
         ("hf://buckets/a/b/c", "buckets are not read"),
+        ("hf://datasets/me/scans", "a whole repository"),
     ],
 )
 def test_urls_that_lead_nowhere(url, finding):

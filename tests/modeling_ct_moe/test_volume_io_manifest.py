@@ -179,6 +179,17 @@ def test_simpleitk_reads_the_same(test_data, name):
     np.testing.assert_allclose(volume.affine, affine, atol=2e-3)
 
 
+@pytest.mark.parametrize("name", ["totalseg/example_ct_dicom", "lidc/LIDC-IDRI-0001", "ibsi/STS_002_CT"])
+def test_a_dicom_series_and_its_nifti_are_one_volume(test_data, tmp_path, name):
+    reader = sitk.ImageSeriesReader()
+    reader.SetFileNames(reader.GetGDCMSeriesFileNames(str(test_data / name)))
+    sitk.WriteImage(sitk.Cast(reader.Execute(), sitk.sitkInt16), str(tmp_path / "scan.nii.gz"))
+    dicom, nifti = load_volume(test_data / name), load_volume(tmp_path / "scan.nii.gz")
+    np.testing.assert_array_equal(nifti.hu, dicom.hu)
+    np.testing.assert_allclose(nifti.affine, dicom.affine, atol=1e-3)
+    assert nifti.spacing == pytest.approx(dicom.spacing, rel=1e-5)
+
+
 @pytest.mark.parametrize(
     ("suffix", "tolerance"),
     [
