@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from transformers.feature_extraction_utils import BatchFeature
+from transformers.image_utils import ImageInput
 from transformers.processing_utils import ProcessingKwargs, ProcessorMixin, Unpack
 from transformers.utils import auto_docstring
 
@@ -66,7 +67,7 @@ class CTMoEProcessor(ProcessorMixin):
     @auto_docstring(custom_intro="Processes texts with their volumes; the keyword arguments are the library's.")
     def __call__(
         self,
-        images=None,
+        images: ImageInput | None = None,
         text: str | list[str] | None = None,
         guide: str | list[str | None] | None = None,
         task: str | list[str | None] | None = None,
@@ -139,7 +140,7 @@ class CTMoEProcessor(ProcessorMixin):
             raise PromptError(
                 "prompt",
                 f"{sum(volumes)} scans {volumes} for {sum(placeholders)} placeholders {placeholders}",
-                f"Write {self.image_token} once per scan, in the order of the scans, or use the chat template",
+                f"The {self.image_token} tokens in the prompts should be the same as the number of scans, in order",
             )
 
     def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs) -> str:

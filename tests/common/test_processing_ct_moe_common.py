@@ -68,11 +68,6 @@ class CTMoEProcessorTest(ProcessorTesterMixin, unittest.TestCase):
             return a_scan()
         return [[a_scan()] if nested else a_scan() for _ in range(batch_size)]
 
-    def test_processor_text_has_no_visual(self):
-        # It runs only where `images` is annotated.
-        with patch.dict(CTMoEProcessor.__call__.__annotations__, {"images": Volume}):
-            super().test_processor_text_has_no_visual()
-
     def test_processor_from_and_save_pretrained(self):
         # With an auto class, saving leaves `auto_map` on the processor that was saved, and loading drops it.
         with patch.object(CTMoEProcessor, "_auto_class", None):
