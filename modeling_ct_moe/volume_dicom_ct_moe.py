@@ -220,8 +220,9 @@ def _assemble(stack: Stack, context: LoadContext) -> StoredVolume:
     origin = positions[0]
     rows_mm, columns_mm = first.pixel_spacing
     row, column = first.orientation
-    if tilt > SHEAR_TOLERANCE_DEG or uneven:
+    if tilt > SHEAR_TOLERANCE_DEG:
         context.warn(f"gantry tilt of {tilt:.1f} degrees: slices were shifted in their plane to stand on each other")
+    if tilt > SHEAR_TOLERANCE_DEG or uneven:
         offsets = np.stack([beside @ column / rows_mm, beside @ row / columns_mm], axis=1)
         voxels, start = straighten(voxels, offsets, context)
         origin = origin + column * rows_mm * start[0] + row * columns_mm * start[1]

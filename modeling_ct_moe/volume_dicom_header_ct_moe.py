@@ -35,6 +35,7 @@ import numpy as np
 from .volume_ct_moe import LoadContext
 from .volume_dicom_pixels_ct_moe import DEFLATED, NATIVE_SYNTAXES, PixelLayout
 from .volume_files_ct_moe import READ_ERRORS, BytesEntry, Entry, InflatedEntry
+from .volume_geometry_ct_moe import MAX_COORDINATE
 
 
 try:
@@ -493,7 +494,9 @@ def _frame(elements: _Elements, header: _Header, number: int, num_frames: int) -
 
     position, orientation = elements.numbers(_POSITION, 3), elements.numbers(_ORIENTATION, 6)
     spacing = elements.numbers(_PIXEL_SPACING, 2)
-    if spacing is not None and min(spacing) <= 0:
+    if position is not None and max(map(abs, position)) > MAX_COORDINATE:
+        raise _BadValue("ImagePositionPatient is far outside of any scanner")
+    if spacing is not None and not (1 / MAX_COORDINATE < min(spacing) and max(spacing) < MAX_COORDINATE):
         raise _BadValue(f"pixel spacing {spacing[0]:g} x {spacing[1]:g} mm")
     instance = elements.text(_SOP_INSTANCE)
     placed = None not in (position, orientation, spacing)

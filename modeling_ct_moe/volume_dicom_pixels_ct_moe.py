@@ -120,7 +120,7 @@ def read_frames(layouts: list[PixelLayout], context: LoadContext) -> tuple[np.nd
     threads = min(8, os.cpu_count() or 1, len(layouts))
     codes = _codes_of_shared_files(layouts, context)
     for dtype in (np.int16, np.float32) if whole else (np.float32,):
-        scratch = 0 if layouts[0].native else threads * rows * columns * DECODER_BYTES
+        scratch = 0 if all(each.native for each in layouts) else threads * rows * columns * DECODER_BYTES
         context.claim(len(layouts) * rows * columns * np.dtype(dtype).itemsize + scratch, "the volume")
         voxels = np.empty((len(layouts), rows, columns), dtype)
         jobs = list(zip(layouts, codes, voxels))
@@ -154,7 +154,8 @@ def _read_frame(layout: PixelLayout, code: bytes | None, out: np.ndarray, contex
         stored = np.empty(out.size, layout.dtype)
         _read_native(layout, memoryview(stored.view(np.uint8)), context)
     else:
-        stored = _decode(layout, code or _codes_of(layout, context)[0], context).reshape(-1)
+        code = _codes_of(layout, context)[0] if code is None else code
+        stored = _decode(layout, code, context).reshape(-1)
     stored = _stored_bits(stored, layout)
     flat = out.reshape(-1)
     declared = None

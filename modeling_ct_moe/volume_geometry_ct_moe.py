@@ -207,12 +207,12 @@ def _shifted(plane: np.ndarray, shift: np.ndarray, size: tuple[int, int], fill: 
     moved = plane.astype(np.float32)
     for axis in (0, 1):
         whole = int(np.floor(shift[axis] + 1e-6))
-        weight = max(0.0, shift[axis] - whole)
+        weight = shift[axis] - whole if shift[axis] - whole > 1e-4 else 0.0
         shape = list(moved.shape)
         shape[axis] = size[axis]
         room = np.full(shape, fill, np.float32)
         for offset, share in ((whole, 1 - weight), (whole + 1, weight)):
-            if share > 1e-6:
+            if share:
                 target = [slice(None), slice(None)]
                 target[axis] = slice(offset, offset + moved.shape[axis])
                 room[tuple(target)] += share * (moved - fill)

@@ -22,6 +22,9 @@ from .volume_ct_moe import AIR_HU, LoadContext, StoredVolume
 # field of view with -1500, -2000, -2048, -3024 or -32768.
 PADDING_BELOW_HU = -1400
 
+# Larger values are damage, and overflow in what is computed from them.
+MAX_VALUE = 1e12
+
 # Enough voxels for percentiles, few enough to cost some milliseconds.
 SAMPLE_VOXELS = 500_000
 
@@ -34,9 +37,9 @@ def clean_values(stored: StoredVolume, context: LoadContext) -> float:
     Returns:
         The smallest value.
     """
-    low, high = stored.voxels.min(), 0.0
+    low, high = float(stored.voxels.min()), 0.0
     if stored.voxels.dtype == np.float32:
-        high = stored.voxels.max()
+        high = float(stored.voxels.max())
     if not (np.isfinite(low) and np.isfinite(high)):
         # Slice by slice, here and below: no mask of the whole volume.
         smallest = min(np.min(part, where=np.isfinite(part), initial=np.inf) for part in stored.voxels)
@@ -46,13 +49,15 @@ def clean_values(stored: StoredVolume, context: LoadContext) -> float:
         _own(stored, context)
         count = sum(_replace_not_finite(part, fill) for part in stored.voxels)
         context.warn(f"{count} voxels were not finite numbers and were set to {fill:g}")
-        low = stored.voxels.min()
+        low, high = float(stored.voxels.min()), float(stored.voxels.max())
+    if max(abs(low), abs(high)) > MAX_VALUE:
+        raise context.error(f"values from {low:g} to {high:g} are no intensities", "Export the scan again")
     if context.pads and low < PADDING_BELOW_HU:
         _own(stored, context)
         count = sum(map(padding_to_air, stored.voxels))
         stored.facts["padding_voxels"] = stored.facts.get("padding_voxels", 0) + count
-        low = stored.voxels.min()
-    return float(low)
+        low = float(stored.voxels.min())
+    return low
 
 
 def padding_to_air(hu: np.ndarray) -> int:

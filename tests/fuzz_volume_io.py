@@ -200,6 +200,7 @@ def run_case(seed: int, number: int) -> str:
     """Loads one case; returns "loaded" or "refused", and raises anything that should not have happened."""
     name, content = make_case(seed, number)
     options = {"check": ["refuse", "warn", "off"][number % 3], "max_bytes": MAX_BYTES}
+    options |= {"intensity": "display", "reorient": False} if number % 5 == 0 else {}
     if name == "npy":
         options["spacing"] = (2.5, 0.7, 0.8)
     with warnings.catch_warnings():

@@ -177,6 +177,15 @@ def test_voxels_that_are_no_numbers_become_air_with_a_warning():
     assert volume.hu[1, 1, 1] == volume.hu[1, 1, 2] == -1024
 
 
+def test_values_beyond_all_measure_are_refused():
+    hu = body(dtype=np.float32)
+    hu[1, 1, 1] = 3e38
+    with pytest.raises(VolumeError, match=r"to 3e\+38 are no intensities"):
+        load_volume(nifti(hu), check="off")
+    with pytest.raises(VolumeError, match="no voxel is a finite number"):
+        load_volume(nifti(np.full((3, 4, 5), np.nan, np.float32)))
+
+
 def test_units_other_than_millimetres_are_converted():
     affine = LPS_AFFINE.copy()
     affine[:3] /= 1000

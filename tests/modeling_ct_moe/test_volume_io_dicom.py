@@ -339,6 +339,8 @@ def test_slices_that_jump_sideways_are_refused():
         ({"ImageOrientationPatient": [1, 0, 0, 0.5, 0.866, 0]}, "not two perpendicular directions"),
         ({"PixelSpacing": [0, 0.8]}, r"pixel spacing 0 x 0\.8 mm"),
         ({"PixelSpacing": [-1, 0.8]}, "pixel spacing -1"),
+        ({"PixelSpacing": [1e300, 0.8]}, "pixel spacing 1e"),
+        ({"ImagePositionPatient": [0, 1e200, 0]}, "far outside of any scanner"),
         ({"RescaleSlope": 0}, "rescale slope 0"),
         ({"Rows": 0}, "0 x 12 pixels"),
         ({"Rows": 11}, "240 bytes of pixels where 264 are needed"),
