@@ -58,7 +58,7 @@ class Volume:
             `rescale`, `oblique_deg`, `warnings` and what the format adds.
     """
 
-    hu: np.ndarray
+    hu: np.ndarray = field(repr=False)  # thousands of voxels belong in no log
     spacing: tuple[float, float, float]
     affine: np.ndarray | None = None
     meta: dict = field(default_factory=dict)
