@@ -41,6 +41,10 @@ app = typer.Typer(
 )
 
 ModelOption = Annotated[str, typer.Option("--model", "-m", help="Folder made by `ct-moe convert`, or a Hub id.")]
+SeriesOption = Annotated[
+    str | None,
+    typer.Option(help="Which series of a DICOM folder or zip: its number in the list of the error, or UID."),
+]
 RevisionOption = Annotated[str | None, typer.Option(help="Branch, tag or commit of a Hub repository.")]
 CheckOption = Annotated[
     Literal["refuse", "warn", "off"],
@@ -106,6 +110,7 @@ def report(
     routing: Annotated[bool, typer.Option("--routing", help="Add the routing to the records.")] = False,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 512,
     batch_size: Annotated[int, typer.Option(min=1, help="Scans that go through the model together.")] = 1,
+    series: SeriesOption = None,
     check: CheckOption = "refuse",
     revision: RevisionOption = None,
     device: Annotated[str | None, typer.Option(help="cpu, cuda:0 ...; by default the first accelerator.")] = None,
@@ -129,7 +134,8 @@ def report(
             call["return_routing"] = True
         if stream:
             call["streamer"] = TextStreamer(reporter.processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
-        records = report_scans(reporter, scans, check=check, batch_size=batch_size, **call)
+        load = {"check": check, **_series(series)}
+        records = report_scans(reporter, scans, load=load, batch_size=batch_size, **call)
         if out is not None:
             records = write_jsonl(records, out)
         failed = 0
@@ -156,6 +162,7 @@ def view(
     ] = None,
     windows: Annotated[str | None, typer.Option(help="Preset: chest, abdomen, head or wide.")] = None,
     columns: Annotated[int, typer.Option(min=1, help="Slices to show.")] = 6,
+    series: SeriesOption = None,
     check: CheckOption = "refuse",
     revision: RevisionOption = None,
 ) -> None:
@@ -169,7 +176,8 @@ def view(
             processor = CTMoEImageProcessor(**settings)
         else:
             processor = CTMoEImageProcessor.from_pretrained(model, revision=revision, **settings)
-        volume = load_volume(scan, check=check, intensity=processor.intensity, reorient=processor.reorient)
+        settings = {"intensity": processor.intensity, "reorient": processor.reorient, **_series(series)}
+        volume = load_volume(scan, check=check, **settings)
         for warning in volume.meta["warnings"]:
             _warn(f"{scan}: {warning}")
         draw_slices(volume, processor, out, columns=columns, title="What the model sees")
@@ -179,13 +187,14 @@ def view(
 @app.command()
 def inspect(
     scan: Annotated[str, typer.Argument(help="A scan: a file, or a folder that holds one series.")],
+    series: SeriesOption = None,
     as_json: Annotated[bool, typer.Option("--json", help="As JSON.")] = False,
 ) -> None:
     """Print a scan's shape, spacing, orientation, HU range and all that is odd about it. Exit code 1 if refused."""
     with _quiet_libraries():
         from ct_moe.hub.inspection import inspect_scan, inspection_text
 
-        description = inspect_scan(scan)
+        description = inspect_scan(scan, **_series(series))
     print(json.dumps(description, indent=2) if as_json else inspection_text(description))
     if description["refused"] is not None:
         raise typer.Exit(1)
@@ -214,6 +223,12 @@ def _summary(record: dict, with_text: bool) -> str:
                 lines.append(f"{name.capitalize()}: {record[name]}")
     lines.append(f"Model trained for: {record['scope']}. {record['notice']}\n")
     return "\n".join(lines)
+
+
+def _series(series: str | None) -> dict:
+    if series is None:
+        return {}
+    return {"series": int(series) if series.isdecimal() else series}
 
 
 def _settings(pairs: list[str]) -> dict:

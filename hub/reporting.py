@@ -82,14 +82,19 @@ def open_reporter(
 
 
 def report_scans(
-    reporter: CTReportPipeline, scans: Iterable[str], *, check: str = "refuse", batch_size: int = 1, **call
+    reporter: CTReportPipeline,
+    scans: Iterable[str],
+    *,
+    load: dict[str, Any] | None = None,
+    batch_size: int = 1,
+    **call,
 ) -> Iterator[dict[str, Any]]:
     """Yield one record per scan, in order: the pipeline's result, or `scan` and `error` for a scan that failed.
 
     Args:
         reporter: from `open_reporter`.
         scans: paths.
-        check: what `load_volume` does about values that are not those of a CT.
+        load: arguments of `load_volume`, such as `check` and `series`.
         batch_size: scans that go through the model together.
         **call: the pipeline's call arguments.
     """
@@ -97,11 +102,10 @@ def report_scans(
     reporter._sanitize_parameters(**call)
     batch: list[tuple[str, Any]] = []
     image_processor = reporter.processor.image_processor
+    load = {"intensity": image_processor.intensity, "reorient": image_processor.reorient, **(load or {})}
     for scan in scans:
         try:
-            volume = load_volume(
-                scan, check=check, intensity=image_processor.intensity, reorient=image_processor.reorient
-            )
+            volume = load_volume(scan, **load)
         except CTMoEError as error:
             volume = error
         batch.append((scan, volume))

@@ -166,7 +166,8 @@ def path_entry(path: Path, context: LoadContext) -> PathEntry:
     try:
         found = os.stat(path)
     except FileNotFoundError as error:
-        raise context.error(f"no such file: {path.name}", "Check the path") from error
+        name = "" if str(path) == context.subject else f": {path.name}"  # one file of a list
+        raise context.error(f"no such file{name}", "Check the path") from error
     except (OSError, ValueError) as error:  # a null byte in the name is a ValueError
         raise context.error(f"cannot be opened ({type(error).__name__})", "Check the path") from error
     if not stat.S_ISREG(found.st_mode):

@@ -240,3 +240,13 @@ def test_view_of_an_unknown_preset_leaves_nothing(monkeypatch, capsys, scan, tmp
     line = fail(monkeypatch, capsys, "view", scan, "--out", tmp_path / "a.png", "--windows", "liver")
     assert "chest" in line
     assert list(tmp_path.iterdir()) == []
+
+
+def test_one_series_of_several_can_be_chosen(monkeypatch, capsys, model_folder, test_data, tmp_path):
+    folder = test_data / "panimg" / "dicom_4d"
+    assert "19 series or points in time" in fail(monkeypatch, capsys, "inspect", folder)
+    description = json.loads(invoke("inspect", folder, "--series", 3, "--json").stdout)
+    assert description["shape"] == [4, 2, 3]
+    arguments = ["-m", model_folder, "--max-new-tokens", 2, "--series", 3, "--check", "off"]
+    assert invoke("report", folder, *arguments).exit_code == 0
+    assert "series" in fail(monkeypatch, capsys, "view", folder, "--out", tmp_path / "a.png", "--series", 99)
