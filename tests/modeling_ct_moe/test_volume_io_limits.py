@@ -5,6 +5,7 @@ import os
 import struct
 import subprocess
 import sys
+from pathlib import Path
 
 import nibabel as nib
 import numpy as np
@@ -64,6 +65,16 @@ def test_loading_takes_little_more_memory_than_the_volume(tmp_path, dtype, slope
 def test_a_short_fuzz_run():
     outcomes = [fuzz.run_case(seed=7, number=number) for number in range(500)]
     assert min(outcomes.count("loaded"), outcomes.count("refused")) > 50
+
+
+@pytest.mark.slow
+def test_the_long_fuzz_run():
+    script = Path(fuzz.__file__)
+    result = subprocess.run(
+        [sys.executable, script, "--cases", "20000"], capture_output=True, text=True, check=False, timeout=600
+    )
+    assert result.returncode == 0, result.stdout
+    assert "20000 cases" in result.stdout
 
 
 def test_every_file_of_the_fuzz_run_loads_undamaged():
