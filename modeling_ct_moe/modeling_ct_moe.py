@@ -305,13 +305,15 @@ class CTMoEVisionEmbeddings(nn.Module):
         """`(V, S, 3, height, width)` and `(V, 2)` to `(V * S, N, D)`."""
         num_volumes, num_slices = pixel_values.shape[:2]
         dtype = self.patch_embedding.weight.dtype
-        patch_embeds = self.patch_embedding(pixel_values.flatten(0, 1).to(dtype)).flatten(2).transpose(1, 2)
-        scale = self.scale_embedding(volume_scale).repeat_interleave(num_slices, dim=0)
-        embeddings = patch_embeds + scale.unsqueeze(1)
+        embeddings = self.patch_embedding(pixel_values.flatten(0, 1).to(dtype)).flatten(2).transpose(1, 2)
+        # The scale goes to the patches only. Added to the positions first: once per volume and not per slice.
+        offset = self.scale_embedding(volume_scale).unsqueeze(1).expand(-1, embeddings.shape[1], -1)
         if self.class_embedding is not None:
             class_embeds = self.class_embedding.expand(num_volumes * num_slices, 1, -1)
             embeddings = torch.cat([class_embeds, embeddings], dim=1)
-        return embeddings + self.position_embedding.weight
+            offset = nn.functional.pad(offset, (0, 0, 1, 0))
+        offset = self.position_embedding.weight + offset  # (V, N, D)
+        return (embeddings.unflatten(0, (num_volumes, num_slices)) + offset.unsqueeze(1)).flatten(0, 1)
 
 
 class CTMoEVisionAttention(nn.Module):
