@@ -23,6 +23,7 @@ import argparse
 import json
 import shutil
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -43,39 +44,44 @@ def main() -> None:
 
 def run(scan: str, out: Path) -> None:
     started = time.perf_counter()
-    out.mkdir(parents=True, exist_ok=True)
-    if not scan:
-        scan = str(write_phantom(out / "phantom.nii.gz"))
+    phantom = out / "phantom.nii.gz"
+    volume = load_volume(scan) if scan else None  # first: a scan that cannot be read should say so at once
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise CTMoEError(str(out), f"cannot be used as a folder ({error.strerror})", "Name another") from error
+    if volume is None:
+        scan = str(write_phantom(phantom))
         print(f"No scan was given: wrote a synthetic chest, {scan}")
-    volume = load_volume(scan)  # before the slower steps: a scan that cannot be read should say so at once
+        volume = load_volume(scan)
 
     print("Loading the libraries ...", flush=True)
     from transformers import pipeline
     from transformers.utils import logging
 
-    from ct_moe import CTMoEImageProcessor
     from ct_moe.hub.conversion import convert_base
     from ct_moe.hub.picture import draw_slices
     from ct_moe.hub.tiny_base import build_tiny_base
 
     logging.disable_progress_bar()  # of the library, for files that load in an instant
-    for folder in (out / "base", out / "model"):  # of an earlier run
-        shutil.rmtree(folder, ignore_errors=True)
-    build_tiny_base(out / "base")
-    print(convert_base(out / "base", out / "model", intended_scope="nothing: random weights"))
+    if (out / "model" / "conversion_report.json").is_file():
+        shutil.rmtree(out / "model")  # of an earlier run
+    with tempfile.TemporaryDirectory() as temporary:
+        base = build_tiny_base(Path(temporary) / "tiny-base")
+        print(convert_base(base, out / "model", intended_scope="nothing: random weights"))
 
     reporter = pipeline("ct-report", model=str(out / "model"), trust_remote_code=True)
     result = reporter(volume, max_new_tokens=60, return_routing=True)
     result["scan"] = scan
     (out / "report.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
-    # Drawn at the image size of a real base, which shows more than the 56 pixels of the tiny one.
-    draw_slices(volume, CTMoEImageProcessor(), out / "slices.png", title="What the model sees")
+    title = "What the tiny demo model sees (a real base sees 336 x 336 pixels)"
+    draw_slices(volume, reporter.processor.image_processor, out / "slices.png", title=title)
 
     print("\nThe weights are UNTRAINED (random): the text below means nothing.\n")
     print(f"Scan        {scan}: {result['num_slices']} slices of {result['slab_mm']:g} mm")
     print(f"Task        {result['task']}")
     print(f"Findings    {result['findings']}")
-    print(f"Impression  {result['impression']}")
+    print(f"Impression  {result['impression'] or '(none in the text)'}")
     print(f"Notice      {result['notice']}")
     print(f"\nWrote {out / 'report.json'} and {out / 'slices.png'} in {time.perf_counter() - started:.0f} s")
 

@@ -83,6 +83,9 @@ def convert(
     revision: RevisionOption = None,
     dtype: Annotated[str | None, typer.Option(help="Dtype of the converted weights; by default the base's.")] = None,
     parity: Annotated[bool, typer.Option(help="Measure that the logits equal the base's.")] = True,
+    chat_template: Annotated[
+        Path | None, typer.Option(help="Jinja file in place of the base's chat template.")
+    ] = None,
     preset: Annotated[Literal["paper_like"] | None, typer.Option(help="Settings nearest to the paper's.")] = None,
     setting: Annotated[
         list[str] | None,
@@ -94,8 +97,13 @@ def convert(
         from ct_moe.hub.conversion import convert_base
 
         settings = _settings(setting or [])
+        if chat_template is not None:
+            settings["chat_template"] = _read_text(chat_template)
         print(convert_base(base, out, revision=revision, dtype=dtype, parity=parity, preset=preset, **settings))
-    print(f"Wrote {out}. The added experts are untrained: until then the model answers as its base does.")
+    print(
+        f"Wrote {out}. It was never trained on CT: take none of its reports seriously before it is. "
+        "(Parity holds for one slice without pooling.)"
+    )
 
 
 @app.command()
@@ -125,9 +133,14 @@ def report(
         from transformers import TextStreamer
 
         from ct_moe.hub.reporting import open_reporter, report_scans, write_jsonl
+        from ct_moe.pipeline_ct_moe import check_words
 
         if stream and batch_size > 1:
             raise CTMoEError("--stream", "cannot follow several texts at once", "Leave out --batch-size")
+        check_words(question=question, context=context)  # and the output file: before the weights are read
+        if out is not None and (out.exists() or not out.parent.is_dir()):
+            found = "exists" if out.exists() else "is in no existing folder"
+            raise CTMoEError(str(out), found, "Name a new file in a folder that exists")
         reporter = open_reporter(model, revision=revision, device=device, dtype=dtype)
         call = {"question": question, "context": context, "task": task, "max_new_tokens": max_new_tokens}
         if routing:
@@ -169,12 +182,14 @@ def view(
     """Draw what the model will see of a scan: its slices in every window, with sides and millimetres."""
     with _quiet_libraries():
         from ct_moe import CTMoEImageProcessor, load_volume
+        from ct_moe.hub.folder import check_model
         from ct_moe.hub.picture import draw_slices
 
         settings = {} if windows is None else {"windows": windows}
         if model is None:
             processor = CTMoEImageProcessor(**settings)
         else:
+            revision = check_model(model, revision)
             processor = CTMoEImageProcessor.from_pretrained(model, revision=revision, **settings)
         settings = {"intensity": processor.intensity, "reorient": processor.reorient, **_series(series)}
         volume = load_volume(scan, check=check, **settings)
@@ -221,8 +236,16 @@ def _summary(record: dict, with_text: bool) -> str:
         for name in ("findings", "impression", "answer"):
             if record.get(name):
                 lines.append(f"{name.capitalize()}: {record[name]}")
-    lines.append(f"Model trained for: {record['scope']}. {record['notice']}\n")
+    scope = "The model is untrained" if record["scope"] == "untrained" else f"Model trained for: {record['scope']}"
+    lines.append(f"{scope}. {record['notice']}\n")
     return "\n".join(lines)
+
+
+def _read_text(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise CTMoEError(str(path), f"cannot be read ({type(error).__name__})", "Name a text file") from error
 
 
 def _series(series: str | None) -> dict:
@@ -250,9 +273,11 @@ def _quiet_libraries() -> Iterator[None]:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
+        from huggingface_hub.utils import logging as hub_logging
         from transformers.utils import logging
 
         logging.disable_progress_bar()
+        hub_logging.set_verbosity_error()
         yield
 
 

@@ -418,10 +418,8 @@ def _total(counts) -> TensorCount:
 def _as_dtype(dtype: torch.dtype | str | None) -> torch.dtype | None:
     if isinstance(dtype, str):
         dtype = getattr(torch, dtype, dtype)
-    if dtype is not None and not (isinstance(dtype, torch.dtype) and dtype.is_floating_point):
-        raise ConversionError(
-            "dtype", f"{dtype!r} is no floating point type", 'Use "float32", "bfloat16" or "float16"'
-        )
+    if dtype not in (None, torch.float32, torch.bfloat16, torch.float16):
+        raise ConversionError("dtype", f"{dtype!r} cannot be used", 'Use "float32", "bfloat16" or "float16"')
     return dtype
 
 

@@ -13,12 +13,12 @@
 # limitations under the License.
 """Model folders: all that AutoModel, AutoProcessor and the pipeline need, written whole or not at all.
 
+- `check_model`: is there a CT-MoE model in a folder or Hub repository?
 - `save_folder`: a model and its processor -> a complete folder.
 - `write_folder`: the same into a folder that exists, for callers that add files of their own.
 - `new_folder`: a folder that appears under its name only when the block that fills it has succeeded.
 """
 
-import json
 import os
 import shutil
 import tempfile
@@ -26,6 +26,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from transformers import PreTrainedConfig
+from transformers.utils.hub import resolve_revision
 
 import ct_moe
 from ct_moe.errors_ct_moe import ModelError
@@ -43,13 +46,36 @@ _CONFIG_AUTO_MAP = {
 }
 _IMAGE_PROCESSOR_AUTO_MAP = {"AutoImageProcessor": "image_processing_ct_moe.CTMoEImageProcessor"}
 _PROCESSOR_AUTO_MAP = {"AutoProcessor": "processing_ct_moe.CTMoEProcessor"}
-_PIPELINES = {
-    "ct-report": {
-        "impl": "pipeline_ct_moe.CTReportPipeline",
-        "pt": ["AutoModelForImageTextToText"],
-        "type": "multimodal",
-    }
-}
+
+
+def check_model(model: str, revision: str | None = None) -> str | None:
+    """Refuse what is no CT-MoE model, before anything large is read.
+
+    Args:
+        model: folder or Hub id.
+        revision: branch, tag or commit of a Hub repository.
+
+    Returns:
+        The revision to load, resolved to a commit where the Hub or its cache can say it; None for a folder.
+
+    Raises:
+        ModelError: there is no such folder, or it holds another model or none.
+    """
+    # A missing path must not become a request to the Hub.
+    if not os.path.isdir(model) and (
+        model.count("/") != 1 or model.startswith((".", "/", "~")) or os.path.exists(model)
+    ):
+        raise ModelError(model, "no such folder", "Pass a folder made by `ct-moe convert`, or a Hub id owner/name")
+    revision = None if os.path.isdir(model) else resolve_revision(model, revision)
+    try:
+        config, _ = PreTrainedConfig.get_config_dict(model, revision=revision)
+    except (OSError, ValueError) as error:
+        finding = " ".join(str(error).split())[:300].rstrip(".")
+        raise ModelError(model, finding, "Check the folder or Hub id, and that all its files are complete") from error
+    if config.get("model_type") != "ct_moe":
+        found = f"a model of type {config['model_type']!r}" if "model_type" in config else "no config.json of a model"
+        raise ModelError(model, f"{found}, not 'ct_moe'", "Convert a base first: ct-moe convert BASE OUT")
+    return revision
 
 
 def save_folder(model: "CTMoEForConditionalGeneration", processor: "CTMoEProcessor", out: str | Path) -> Path:
@@ -74,7 +100,6 @@ def save_folder(model: "CTMoEForConditionalGeneration", processor: "CTMoEProcess
 def write_folder(model: "CTMoEForConditionalGeneration", processor: "CTMoEProcessor", folder: Path) -> None:
     """Write weights, configs, tokenizer, chat template and the code that runs them into the existing `folder`."""
     model.config.auto_map = dict(_CONFIG_AUTO_MAP)
-    model.config.custom_pipelines = json.loads(json.dumps(_PIPELINES))  # loading a pipeline edits it in place
     processor.auto_map = dict(_PROCESSOR_AUTO_MAP)
     processor.image_processor.auto_map = dict(_IMAGE_PROCESSOR_AUTO_MAP)
     model.save_pretrained(folder, max_shard_size="5GB")
@@ -82,6 +107,8 @@ def write_folder(model: "CTMoEForConditionalGeneration", processor: "CTMoEProces
     # All of them, and not what the library would collect from imports: the pipeline is named by the config only.
     for source in sorted(Path(ct_moe.__file__).parent.glob("*_ct_moe.py")):
         shutil.copyfile(source, folder / source.name)
+    for path in folder.iterdir():
+        path.chmod(0o666 & ~_umask())  # safetensors writes for its owner only
 
 
 @contextmanager

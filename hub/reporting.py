@@ -19,15 +19,13 @@
 """
 
 import json
-import os
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
-from transformers import PreTrainedConfig
-from transformers.utils.hub import resolve_revision
 
 from ct_moe import (
     CTMoEError,
@@ -35,8 +33,11 @@ from ct_moe import (
     CTMoEProcessor,
     CTReportPipeline,
     ModelError,
+    VolumeError,
     load_volume,
 )
+
+from .folder import check_model
 
 
 def open_reporter(
@@ -53,30 +54,26 @@ def open_reporter(
     Raises:
         ModelError: there is no CT-MoE model, or it is incomplete or damaged.
     """
-    if dtype != "auto" and not isinstance(getattr(torch, dtype, None), torch.dtype):
-        raise ModelError("dtype", f"{dtype!r} is no dtype", "Use auto, float32, bfloat16 or float16")
-    # A missing path must not become a request to the Hub.
-    if not os.path.isdir(model) and (
-        model.count("/") != 1 or model.startswith((".", "/", "~")) or os.path.exists(model)
-    ):
-        raise ModelError(model, "no such folder", "Pass a folder made by `ct-moe convert`, or a Hub id owner/name")
+    if dtype not in ("auto", "float32", "bfloat16", "float16"):
+        raise ModelError("dtype", f"{dtype!r} cannot be used", "Use auto, float32, bfloat16 or float16")
+    revision = check_model(model, revision)
     try:
-        revision = None if os.path.isdir(model) else resolve_revision(model, revision)
-        config, _ = PreTrainedConfig.get_config_dict(model, revision=revision)
-        if config.get("model_type") != "ct_moe":
-            found = (
-                f"a model of type {config['model_type']!r}" if "model_type" in config else "no config.json of a model"
-            )
-            raise ModelError(model, f"{found}, not 'ct_moe'", "Convert a base first: ct-moe convert BASE OUT")
         processor = CTMoEProcessor.from_pretrained(model, revision=revision)
-        network = CTMoEForConditionalGeneration.from_pretrained(model, revision=revision, dtype=dtype)
+        if processor.chat_template is None:
+            raise ModelError(model, "no chat template", "Copy chat_template.jinja of the original folder into it")
+        network, loading = CTMoEForConditionalGeneration.from_pretrained(
+            model, revision=revision, dtype=dtype, output_loading_info=True
+        )
+        if missing := sorted(loading["missing_keys"]):  # the library would fill them with random numbers
+            finding = f"{len(missing)} tensors are missing, the first is {missing[0]}"
+            raise ModelError(model, finding, "Copy or download the weights again")
         commit = getattr(revision, "resolved", revision)
         return CTReportPipeline(
             model=network.eval(), processor=processor, task="ct-report", device=_device(device), revision=commit
         )
     except CTMoEError:
         raise
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError, StrictDataclassError) as error:
         finding = " ".join(str(error).split())[:300].rstrip(".") or type(error).__name__
         raise ModelError(model, finding, "Check the folder or Hub id, and that all its files are complete") from error
 
@@ -118,7 +115,8 @@ def report_scans(
 def write_jsonl(records: Iterable[dict[str, Any]], out: str | Path) -> Iterator[dict[str, Any]]:
     """Pass records on while writing them, one JSON object a line; `out` appears under its name at the end.
 
-    An interrupted job leaves what was finished, in whole lines.
+    A job that is interrupted from the keyboard leaves what was finished, in whole lines; one that crashes leaves it
+    under the name of `out` with `.part` added.
 
     Raises:
         ModelError: `out` exists, or cannot be written.
@@ -133,31 +131,46 @@ def write_jsonl(records: Iterable[dict[str, Any]], out: str | Path) -> Iterator[
         raise ModelError(
             str(out), f"cannot be written ({error.strerror})", "Name a file in a folder that exists"
         ) from error
-    written = 0
-    try:
-        with file:
+    with file:
+        try:
             for record in records:
                 file.write(json.dumps(record, ensure_ascii=False) + "\n")
                 file.flush()
-                written += 1
                 yield record
-    finally:
-        if written:
+        except KeyboardInterrupt:
+            if not file.tell():
+                part.unlink()
+                raise
             part.replace(out)
-        else:
+            raise
+        except CTMoEError:  # the request itself was wrong: nothing was written
             part.unlink()
+            raise
+    part.replace(out)
 
 
 def _run(reporter: CTReportPipeline, batch: list[tuple[str, Any]], call: dict) -> Iterator[dict[str, Any]]:
     good = [volume for _, volume in batch if not isinstance(volume, CTMoEError)]
-    results: Iterator[dict[str, Any] | CTMoEError]
     try:
-        results = iter(reporter(good, batch_size=max(1, len(good)), **call))
-    except CTMoEError as error:
-        results = iter([error] * len(good))
+        results = reporter(good, batch_size=max(1, len(good)), **call)
+    except (CTMoEError, torch.OutOfMemoryError):
+        results = [_run_one(reporter, volume, call) for volume in good]  # one of them is bad, the others are not
+    remaining = iter(results)
     for scan, volume in batch:
-        result = volume if isinstance(volume, CTMoEError) else next(results)
-        yield {"scan": scan, "error": str(result)} if isinstance(result, CTMoEError) else {**result, "scan": scan}
+        result = volume if isinstance(volume, CTMoEError) else next(remaining)
+        if isinstance(result, Exception):
+            yield {"scan": scan, "error": str(result) if str(result).startswith(scan) else f"{scan}: {result}"}
+        else:
+            yield {**result, "scan": scan}
+
+
+def _run_one(reporter: CTReportPipeline, volume: Any, call: dict) -> dict[str, Any] | CTMoEError:
+    try:
+        return reporter(volume, **call)
+    except CTMoEError as error:
+        return error
+    except torch.OutOfMemoryError:
+        return VolumeError("the model", "ran out of memory", "Use a smaller batch size, another device or dtype")
 
 
 def _device(name: str | None) -> torch.device | None:

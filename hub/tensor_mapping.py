@@ -90,7 +90,16 @@ TOWERS = {
             "attention_dropout",
             "initializer_range",
         ],
-        constants={"class_token": True, "patch_bias": False, "pre_layernorm": True, "post_layernorm": False},
+        constants={
+            "class_token": True,
+            "patch_bias": False,
+            "pre_layernorm": True,
+            "post_layernorm": False,
+            "attention_bias": True,
+            "norm_type": "layer_norm",
+            "qk_norm": False,
+            "use_layer_scale": False,
+        },
     ),
 }
 

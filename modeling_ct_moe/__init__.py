@@ -2,7 +2,7 @@
 
 Names are imported on first use, so that `import ct_moe` (and with it `ct-moe --help`) loads neither torch nor
 transformers. The first model, processor or pipeline class that is used registers all of them with the library's Auto
-classes: with this package installed its own code runs, and `trust_remote_code` is not needed.
+classes: then this package's own code runs, and only `pipeline()` needs `trust_remote_code`.
 """
 
 from functools import cache

@@ -197,6 +197,13 @@ class CTMoEVisionConfig(PreTrainedConfig):
                 f"num_experts_per_tok = {self.num_experts_per_tok} must all be at least 1",
                 "For a model without experts set moe_layers = []",
             )
+        if min(self.guide_size, self.moe_intermediate_size) < 1:
+            raise ModelError(
+                "guide_size",
+                f"guide_size = {self.guide_size} and moe_intermediate_size = {self.moe_intermediate_size} must be at "
+                "least 1",
+                "Leave them out for the defaults",
+            )
         routed = [count for count in (self.num_experts, self.num_task_experts) if count > 1]
         if routed and self.num_experts_per_tok > min(routed):
             raise ModelError(
@@ -281,6 +288,8 @@ class CTMoEConfig(PreTrainedConfig):
         self.pool = list(self.pool)
         if len(self.pool) != 3 or min(self.pool) < 1:
             raise ModelError("pool", f"{self.pool} is not three positive numbers", "Use (2, 2, 2), or (1, 1, 1)")
+        if min(self.router_balance_coef, self.router_z_coef, self.task_coef) < 0:
+            raise ModelError("router_balance_coef, router_z_coef, task_coef", "one is below 0", "Use 0 to turn it off")
         if self.slice_scoring != "none":
             raise ModelError("slice_scoring", f"{self.slice_scoring!r} is not available yet", 'Use "none"')
         self.vision_config.num_tasks = len(self.tasks)

@@ -20,7 +20,7 @@ routed tokens.
 
 import math
 from collections.abc import Callable
-from copy import copy
+from copy import copy, deepcopy
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -312,7 +312,9 @@ class CTMoEVisionEmbeddings(nn.Module):
             class_embeds = self.class_embedding.expand(num_volumes * num_slices, 1, -1)
             embeddings = torch.cat([class_embeds, embeddings], dim=1)
             offset = nn.functional.pad(offset, (0, 0, 1, 0))
-        offset = self.position_embedding.weight + offset  # (V, N, D)
+        # Looked up and not read from its weight, so that the hooks of offloading run.
+        positions = torch.arange(embeddings.shape[1], device=embeddings.device)
+        offset = self.position_embedding(positions) + offset  # (V, N, D)
         return (embeddings.unflatten(0, (num_volumes, num_slices)) + offset.unsqueeze(1)).flatten(0, 1)
 
 
@@ -575,6 +577,17 @@ class CTMoEGuideEncoder(nn.Module):
         return self.proj(self.norm(pooled)).float() * mask.any(dim=-1, keepdim=True)
 
 
+class CTMoETaskRouter(nn.Linear):
+    """Guide to one logit per task, in float32 whatever the dtype of the model. One per model."""
+
+    def __init__(self, config: CTMoEConfig):
+        super().__init__(config.vision_config.guide_size, config.vision_config.num_tasks)
+
+    def forward(self, guide: torch.Tensor) -> torch.Tensor:
+        with torch.autocast(guide.device.type, enabled=False):
+            return nn.functional.linear(guide, self.weight.float(), self.bias.float())
+
+
 class CTMoEMultiModalProjector(nn.Module):
     """The base's two-layer projector."""
 
@@ -817,11 +830,7 @@ class CTMoEModel(CTMoEPreTrainedModel):
         # CODEPATH: the dense ablation, and token-level experts without guide, read no prompt.
         self.guide_encoder = CTMoEGuideEncoder(config) if routed_by_text else None
         # CODEPATH: the dense and the token-level ablations have no task groups.
-        self.task_router = (
-            nn.Linear(vision_config.guide_size, vision_config.num_tasks)
-            if vision_config.moe_layers and vision_config.num_tasks
-            else None
-        )
+        self.task_router = CTMoETaskRouter(config) if vision_config.moe_layers and vision_config.num_tasks else None
         self.post_init()
 
     @merge_with_config_defaults
@@ -850,7 +859,7 @@ class CTMoEModel(CTMoEPreTrainedModel):
                 "pixel_values", "both or neither of pixel_values and prefix_hidden_states were given", "Give one"
             )
         inputs = pixel_values if prefix_hidden_states is None else prefix_hidden_states
-        self._check_rows(inputs.shape[0], guide_input_ids, task_ids)
+        self._check_rows(inputs.shape[0], guide_input_ids, guide_attention_mask, task_ids)
         if task_ids is None:
             task_ids = torch.full((inputs.shape[0],), -100, device=inputs.device)
         guide, has_guide = self._encode_guide(guide_input_ids, guide_attention_mask)
@@ -888,9 +897,17 @@ class CTMoEModel(CTMoEPreTrainedModel):
         )
 
     def _check_rows(
-        self, num_volumes: int, guide_input_ids: torch.Tensor | None, task_ids: torch.Tensor | None
+        self,
+        num_volumes: int,
+        guide_input_ids: torch.Tensor | None,
+        guide_attention_mask: torch.Tensor | None,
+        task_ids: torch.Tensor | None,
     ) -> None:
-        for name, rows in (("guide_input_ids", guide_input_ids), ("task_ids", task_ids)):
+        for name, rows in (
+            ("guide_input_ids", guide_input_ids),
+            ("guide_attention_mask", guide_attention_mask),
+            ("task_ids", task_ids),
+        ):
             if rows is not None and rows.shape[0] != num_volumes:
                 raise ModelError(
                     name,
@@ -929,9 +946,9 @@ class CTMoEModel(CTMoEPreTrainedModel):
             return None, None, None
         if guide is None:
             return None, task_ids.clamp(min=-1), None
-        with torch.autocast(guide.device.type, enabled=False):
-            logits = nn.functional.linear(guide, self.task_router.weight.float(), self.task_router.bias.float())
+        logits = self.task_router(guide)
         probs = logits.softmax(dim=-1)
+        task_ids, has_guide = task_ids.to(logits.device), has_guide.to(logits.device)
         forced = task_ids >= 0
         index = torch.where(forced, task_ids, probs.argmax(dim=-1).masked_fill(~has_guide, -1))
         chosen = probs.gather(1, index.clamp(min=0).unsqueeze(1)).squeeze(1)
@@ -1099,6 +1116,10 @@ class CTMoEForConditionalGeneration(CTMoEPreTrainedModel, GenerationMixin):
         return self.model.get_image_features(pixel_values=pixel_values, **kwargs)
 
     def save_pretrained(self, *args, **kwargs) -> None:
+        # With this import the library copies the pipeline's file as well; the config says what it is for.
+        from .pipeline_ct_moe import PIPELINES
+
+        self.config.custom_pipelines = deepcopy(PIPELINES)  # loading a pipeline edits it in place
         # As `from_pretrained` sets them: a folder saved again after loading is the same, byte for byte.
         self.config.vision_config.dtype = self.config.text_config.dtype = self.dtype
         super().save_pretrained(*args, **kwargs)

@@ -16,16 +16,27 @@
 import math
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
+import torch
+import transformers
+from torch.utils.data import Dataset
 from transformers import GenerationConfig, Pipeline
 
 from .errors_ct_moe import ModelError, PromptError
 from .modeling_ct_moe import routing_statistics
+from .volume_io_ct_moe import load_volume
 
 
 REPORT_PROMPT = "Write a radiology report of this CT scan with findings and impression."
+PIPELINES = {
+    "ct-report": {
+        "impl": "pipeline_ct_moe.CTReportPipeline",
+        "pt": ["AutoModelForImageTextToText"],
+        "type": "multimodal",
+    }
+}
 NOTICE = (
     "Machine-made text, not a medical device: it can be wrong or leave things out. A radiologist must read the scan."
 )
@@ -49,6 +60,7 @@ class CTReportPipeline(Pipeline):
             list of files goes through `load_volume` first.
         question (`str`, *optional*): a question about the scan; without one a report is written.
         context (`str`, *optional*): indication, phase and the like; becomes part of the prompt.
+        check, series, spacing: as in `load_volume`, for scans whose values, folder or file leave it open.
         task (`str`, *optional*): name of the task whose experts serve the request. By default a report is sent to the
             task "report", if the model has one, and a question to the task that its text selects.
         batch_size (`int`, *optional*, defaults to 1): scans that go through the model together.
@@ -60,7 +72,8 @@ class CTReportPipeline(Pipeline):
 
     Returns a `dict` per scan: `scan` (the path as given, if it was one), `task`, `prompt`, `text`; `findings` and
     `impression` of a report (`None` where the text has no such heading) or the `answer` to a question; `num_slices`,
-    `slab_mm` (`None` for display intensities), `warnings` of the reader, `model`, `revision`, `scope`, `notice`.
+    `slab_mm` (`None` for display intensities), `warnings` of the reader, `processing` (source geometry (z, y, x),
+    windows, versions), `model`, `revision`, `scope`, `notice`.
     """
 
     _load_processor = True
@@ -70,21 +83,22 @@ class CTReportPipeline(Pipeline):
     _pipeline_calls_generate = True
     _default_generation_config = GenerationConfig(max_new_tokens=512)
 
-    def __init__(self, *args, revision: str | None = None, **kwargs):
-        super().__init__(*args, **kwargs)
+    def __init__(self, model, *args, revision: str | None = None, **kwargs):
+        if model.config.model_type != "ct_moe":  # first: the rest asks a CT-MoE processor for its tasks
+            raise ModelError(
+                model.config.name_or_path or "model",
+                f"a model of type {model.config.model_type!r}",
+                "The task ct-report needs a CT-MoE model: make one from a base with `ct-moe convert`",
+            )
+        super().__init__(model, *args, **kwargs)
         # The library tells neither model nor pipeline which commit it loaded, but puts a Hub repository's code into a
         # module named after it.
         commits = [part for part in type(self).__module__.split(".") if re.fullmatch("[0-9a-f]{40}", part)]
         self.revision = revision or next(iter(commits), None)
-        if self.model.config.model_type != "ct_moe":
-            raise ModelError(
-                self.model.config.name_or_path or "model",
-                f"a model of type {self.model.config.model_type!r}",
-                "The task ct-report needs a CT-MoE model: make one from a base with `ct-moe convert`",
-            )
 
     def __call__(self, scans, **kwargs) -> dict[str, Any] | list[dict[str, Any]] | Iterator[dict[str, Any]]:
         batch_size = kwargs.pop("batch_size", None) or self._batch_size or 1
+        kwargs.pop("num_workers", None)  # the library's; scans are read in threads by the image processor
         if kwargs.get("streamer") is not None and batch_size > 1:
             raise PromptError("streamer", f"cannot follow {batch_size} texts at once", "Use batch_size=1")
         params = [
@@ -94,7 +108,7 @@ class CTReportPipeline(Pipeline):
                 self._sanitize_parameters(**kwargs),
             )
         ]
-        if isinstance(scans, (list, tuple)):
+        if isinstance(scans, (Sequence, Dataset)) and not isinstance(scans, (str, bytes, bytearray, memoryview)):
             return list(self._run_batches(scans, batch_size, params))
         if isinstance(scans, Iterator):
             return self._run_batches(scans, batch_size, params)
@@ -112,7 +126,16 @@ class CTReportPipeline(Pipeline):
             yield from self.run_single(batch, *params)
 
     def _sanitize_parameters(
-        self, question=None, context=None, task=None, return_routing=None, generate_kwargs=None, **kwargs
+        self,
+        question=None,
+        context=None,
+        task=None,
+        check=None,
+        series=None,
+        spacing=None,
+        return_routing=None,
+        generate_kwargs=None,
+        **kwargs,
     ):
         generation = {**(generate_kwargs or {}), **kwargs}
         known = {*vars(GenerationConfig()), "generation_config", "streamer", "logits_processor", "stopping_criteria"}
@@ -122,24 +145,32 @@ class CTReportPipeline(Pipeline):
                 "unknown argument",
                 "Use question, context, task, return_routing, batch_size or a parameter of generate",
             )
-        for name, value in (("question", question), ("context", context)):
-            if value is not None and not value.strip():
-                raise PromptError(name, "holds only spaces", "Write something, or leave it out")
+        check_words(question=question, context=context)
         self.processor.task_id(task)  # refuses an unknown name
         if generation.get("num_return_sequences", 1) != 1:
             raise PromptError("num_return_sequences", "more than one text per scan", "Leave it at 1")
         preprocess = {"question": question, "context": context, "task": task}
+        preprocess |= {"check": check, "series": series, "spacing": spacing}
         preprocess = {name: value for name, value in preprocess.items() if value is not None}
         routing = {} if return_routing is None else {"return_routing": return_routing}
         return preprocess, {**({"generate_kwargs": generation} if generation else {}), **routing}, {}
 
-    def preprocess(self, scans: list, question=None, context=None, task=None) -> dict[str, Any]:
+    def preprocess(self, scans: list, question=None, context=None, task=None, **load) -> dict[str, Any]:
         prompt = question.strip() if question is not None else REPORT_PROMPT
         if context is not None:
             prompt = f"Clinical context: {context.strip()}\n{prompt}"
         if task is None and question is None and "report" in self.processor.tasks:
             task = "report"
-        volumes = self.processor.image_processor.fetch_images(scans)
+        if nested := [scan for scan in scans if isinstance(scan, (list, tuple))]:
+            raise PromptError(
+                "scans", f"a list of {len(nested[0])} inside the list", "Make it a Volume with load_volume"
+            )
+        image_processor = self.processor.image_processor
+        if load:
+            load |= {"intensity": image_processor.intensity, "reorient": image_processor.reorient}
+            volumes = [load_volume(scan, **load) for scan in scans]
+        else:
+            volumes = image_processor.fetch_images(scans)
         conversations = [
             [{"role": "user", "content": [{"type": "image", "image": volume}, {"type": "text", "text": prompt}]}]
             for volume in volumes
@@ -158,6 +189,7 @@ class CTReportPipeline(Pipeline):
             "is_report": question is None,
             "scans": [str(scan) if isinstance(scan, (str, os.PathLike)) else None for scan in scans],
             "warnings": [list(volume.meta.get("warnings", [])) for volume in volumes],
+            "sources": [(list(volume.hu.shape), [round(step, 4) for step in volume.spacing]) for volume in volumes],
         }
 
     def _forward(self, model_inputs: dict[str, Any], generate_kwargs=None, return_routing=False) -> dict[str, Any]:
@@ -192,6 +224,14 @@ class CTReportPipeline(Pipeline):
                 "num_slices": int(model_outputs["num_slices"][row]),
                 "slab_mm": round(5 * math.exp(float(model_outputs["volume_scale"][row, 1])), 3) if in_hu else None,
                 "warnings": model_outputs["warnings"][row],
+                "processing": {
+                    "source_shape": model_outputs["sources"][row][0],
+                    "source_spacing_mm": model_outputs["sources"][row][1],
+                    "channels": self.processor.image_processor.channel_names,
+                    "dtype": str(self.model.dtype).removeprefix("torch."),
+                    "transformers": transformers.__version__,
+                    "torch": torch.__version__,
+                },
                 "model": config.name_or_path,
                 "revision": self.revision,
                 "scope": config.intended_scope,
@@ -218,6 +258,15 @@ class CTReportPipeline(Pipeline):
             }
             for row in range(routing.token_mask.shape[0])
         ]
+
+
+def check_words(**texts: str | None) -> None:
+    """Refuses a question or a context that is no text or holds only spaces."""
+    for name, value in texts.items():
+        if value is not None and not isinstance(value, str):
+            raise PromptError(name, f"a {type(value).__name__}", "Pass one string for all scans")
+        if value is not None and not value.strip():
+            raise PromptError(name, "holds only spaces", "Write something, or leave it out")
 
 
 _HEADING = re.compile(r"^[ \t#*]*(findings|impression|conclusion)[ \t*]*:[ \t*]*", re.IGNORECASE | re.MULTILINE)

@@ -89,6 +89,10 @@ class CTMoEProcessor(ProcessorMixin):
         """
         if isinstance(text, str):
             text = [text]
+        elif text is not None and not isinstance(text, (list, tuple)):
+            raise PromptError("text", f"a {type(text).__name__}", "Pass a string, or a list of strings")
+        if isinstance(images, (list, tuple)) and not any(row != [] and row != () for row in images):
+            images = None  # a batch that happens to hold no scan
         outputs = super().__call__(images=images, text=text, **kwargs)
         if images is None or text is None:
             return outputs
@@ -117,6 +121,17 @@ class CTMoEProcessor(ProcessorMixin):
             raise PromptError("task", f"{task!r} is unknown", f"Choose one of {', '.join(self.tasks) or 'none'}")
         return self.tasks.index(task)
 
+    def save_pretrained(self, *args, **kwargs):
+        """As in the library, without what it leaves behind.
+
+        That is `auto_map` on the processor that was saved, and how this machine found the tokenizer in its config.
+        """
+        for name in ("is_local", "local_files_only"):
+            self.tokenizer.init_kwargs.pop(name, None)
+        saved = super().save_pretrained(*args, **kwargs)
+        vars(self).pop("auto_map", None)
+        return saved
+
     def prepare_inputs_layout(self, images=None, text=None, videos=None, audio=None, **kwargs):
         # Scans are not fetched here but by the image processor, which drops each one as soon as it is processed.
         return images, None if text is None else list(text), None, None
@@ -140,7 +155,8 @@ class CTMoEProcessor(ProcessorMixin):
             raise PromptError(
                 "prompt",
                 f"{sum(volumes)} scans {volumes} for {sum(placeholders)} placeholders {placeholders}",
-                f"The {self.image_token} tokens in the prompts should be the same as the number of scans, in order",
+                f"The {self.image_token} tokens in the prompts should be the same as the number of scans: write one "
+                "for each, in order, or use the chat template",
             )
 
     def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs) -> str:

@@ -68,15 +68,6 @@ class CTMoEProcessorTest(ProcessorTesterMixin, unittest.TestCase):
             return a_scan()
         return [[a_scan()] if nested else a_scan() for _ in range(batch_size)]
 
-    def test_processor_from_and_save_pretrained(self):
-        # With an auto class, saving leaves `auto_map` on the processor that was saved, and loading drops it.
-        with patch.object(CTMoEProcessor, "_auto_class", None):
-            super().test_processor_from_and_save_pretrained()
-
-    def test_processor_from_and_save_pretrained_as_nested_dict(self):
-        with patch.object(CTMoEProcessor, "_auto_class", None):
-            super().test_processor_from_and_save_pretrained_as_nested_dict()
-
     @unittest.skip(reason="sets do_normalize, which is no setting of scans: windows are always normalised")
     def test_save_load_pretrained_additional_features(self):
         pass
