@@ -78,6 +78,19 @@ def test_folder_loads_without_the_package_and_gives_the_same_bits(environments, 
     assert printed["remote"]["report"]["task"] == "report"
 
 
+def test_a_folder_saved_by_its_own_code_is_whole(environments, model_folder, tmp_path):
+    code = (
+        "import sys; from transformers import AutoModel, AutoProcessor, pipeline\n"
+        "for name in ('model', 'processor'):\n"
+        "    auto = AutoModel if name == 'model' else AutoProcessor\n"
+        "    auto.from_pretrained(sys.argv[1], trust_remote_code=True).save_pretrained('again')\n"
+        "print(type(pipeline('ct-report', model='again', trust_remote_code=True)).__name__)\n"
+    )
+    result = run([environments["without_package"], "-c", code, model_folder], tmp_path)
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.splitlines()[-1] == "CTReportPipeline"
+
+
 def test_inference_needs_no_training_packages(environments, model_folder, test_data, tmp_path):
     python = environments["inference"]
     packages = json.loads(run([python, "-m", "pip", "list", "--format", "json"], tmp_path).stdout)

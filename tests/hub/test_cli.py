@@ -123,7 +123,7 @@ def test_values_that_are_not_ct_can_be_let_through(model_folder, test_data):
         (["--task", "surgery"], "task: 'surgery' is unknown"),
         (["--stream", "--batch-size", "2"], "--stream: cannot follow several texts"),
         (["--device", "tpu:9"], "device: 'tpu:9' cannot be used here"),
-        (["--dtype", "float33"], "dtype: 'float33' is no dtype"),
+        (["--dtype", "float33"], "dtype: 'float33' cannot be used"),
     ],
 )
 def test_bad_requests_end_in_one_line(monkeypatch, capsys, model_folder, scan, arguments, message, tmp_path):
@@ -250,3 +250,56 @@ def test_one_series_of_several_can_be_chosen(monkeypatch, capsys, model_folder, 
     arguments = ["-m", model_folder, "--max-new-tokens", 2, "--series", 3, "--check", "off"]
     assert invoke("report", folder, *arguments).exit_code == 0
     assert "series" in fail(monkeypatch, capsys, "view", folder, "--out", tmp_path / "a.png", "--series", 99)
+
+
+def test_a_model_with_a_tensor_missing_is_refused(monkeypatch, capsys, model_folder, scan, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    for path in model_folder.iterdir():
+        (tmp_path / path.name).symlink_to(path)
+    tensors = load_file(model_folder / "model.safetensors")
+    lost = "model.multi_modal_projector.linear_1.bias"
+    del tensors[lost]
+    (tmp_path / "model.safetensors").unlink()
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    assert f"1 tensors are missing, the first is {lost}" in fail(monkeypatch, capsys, "report", scan, "-m", tmp_path)
+
+
+def test_a_scan_that_fails_in_a_batch_does_not_fail_the_others(model_folder, scan, tmp_path):
+    import numpy as np
+
+    folder = tmp_path / "display"
+    folder.mkdir()
+    for path in model_folder.iterdir():
+        if path.name != "processor_config.json":
+            (folder / path.name).symlink_to(path)
+    config = json.loads((model_folder / "processor_config.json").read_text())
+    config["image_processor"]["intensity"] = "display"
+    (folder / "processor_config.json").write_text(json.dumps(config))
+    for name, scale in (("good", 1), ("bad", 50)):
+        np.save(tmp_path / f"{name}.npy", np.random.default_rng(0).random((6, 20, 20), dtype=np.float32) * scale)
+    out = tmp_path / "out.jsonl"
+    scans = [tmp_path / f"{name}.npy" for name in ("good", "bad", "good")]
+    arguments = ["-m", folder, "--batch-size", 3, "--max-new-tokens", 2, "--out", out]
+    assert invoke("report", *scans, *arguments).exit_code == 1
+    records = [json.loads(line) for line in out.read_text().splitlines()]
+    assert ["error" in record for record in records] == [False, True, False]
+    assert records[1]["error"].startswith(str(scans[1]))
+    assert records[0] == records[2]
+
+
+@pytest.mark.parametrize(
+    ("field", "value"), [("guide_size", 0), ("moe_intermediate_size", 0), ("task_coef", -1.0), ("qk_norm", "true")]
+)
+def test_settings_out_of_range_are_refused_when_set(monkeypatch, capsys, tmp_path, field, value):
+    assert invoke("tiny-base", tmp_path / "base").exit_code == 0
+    line = fail(monkeypatch, capsys, "convert", tmp_path / "base", tmp_path / "out", "--set", f"{field}={value}")
+    assert field in line
+    assert "unexpected" not in line
+    assert [path.name for path in tmp_path.iterdir()] == ["base"]
+
+
+def test_view_with_a_folder_of_another_model_names_it(monkeypatch, capsys, scan, tmp_path):
+    assert invoke("tiny-base", tmp_path / "base").exit_code == 0
+    line = fail(monkeypatch, capsys, "view", scan, "--out", tmp_path / "a.png", "-m", tmp_path / "base")
+    assert line.startswith(f"ct-moe: error: {tmp_path / 'base'}: a model of type 'llava'")

@@ -20,6 +20,7 @@ import torch
 from transformers import BertConfig, BertForMaskedLM, TextStreamer, pipeline
 
 from ct_moe import CTReportPipeline, ModelError, PromptError, VolumeError, load_volume
+from ct_moe.hub.tiny_base import build_tiny_base
 from ct_moe.pipeline_ct_moe import REPORT_PROMPT, split_report
 
 
@@ -96,6 +97,7 @@ def test_text_can_be_streamed(reporter, scans, capsys):
     ("arguments", "subject"),
     [
         ({"question": "   "}, "question"),
+        ({"question": ["Effusion?"]}, "question"),
         ({"context": ""}, "context"),
         ({"task": "surgery"}, "task"),
         ({"num_return_sequences": 2}, "num_return_sequences"),
@@ -108,6 +110,26 @@ def test_bad_requests_are_refused(reporter, scans, arguments, subject):
     assert error.value.subject == subject
 
 
+def test_a_scan_that_is_a_list_is_refused(reporter, scans):
+    with pytest.raises(PromptError, match="load_volume"):
+        reporter([scans])
+
+
+def test_what_was_refused_can_be_let_through_as_the_error_says(reporter, test_data):
+    result = reporter(str(test_data / "totalseg" / "example_mr_sm.nii.gz"), check="off", max_new_tokens=2)
+    assert result["processing"]["source_shape"] == [20, 91, 117]
+
+
+def test_columns_of_a_dataset_are_lists_of_scans(reporter, scans):
+    from datasets import Dataset
+    from transformers.pipelines.pt_utils import KeyDataset
+
+    dataset = Dataset.from_dict({"images": scans[:2]})
+    expected = reporter(scans[:2], max_new_tokens=2)
+    assert reporter(dataset["images"], max_new_tokens=2) == expected
+    assert reporter(KeyDataset(dataset, "images"), max_new_tokens=2, num_workers=2) == expected
+
+
 def test_streaming_a_batch_is_refused(reporter, scans):
     with pytest.raises(PromptError, match="batch_size=1"):
         reporter(scans, streamer=TextStreamer(reporter.processor.tokenizer), batch_size=2)
@@ -116,6 +138,12 @@ def test_streaming_a_batch_is_refused(reporter, scans):
 def test_a_scan_that_is_not_ct_is_refused(reporter, test_data):
     with pytest.raises(VolumeError, match="this is not CT"):
         reporter(str(test_data / "totalseg" / "example_mr_sm.nii.gz"))
+
+
+def test_a_folder_of_another_model_is_refused(tmp_path):
+    base = build_tiny_base(tmp_path / "base")
+    with pytest.raises(ModelError, match="type 'llava'"):
+        pipeline("ct-report", model=str(base), pipeline_class=CTReportPipeline)
 
 
 def test_a_model_of_another_type_is_refused(reporter):

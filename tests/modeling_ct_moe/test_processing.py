@@ -194,3 +194,10 @@ def test_a_question_of_only_spaces_is_refused(processor, scans):
 def test_a_missing_scan_is_named(processor):
     with pytest.raises(VolumeError, match=r"missing\.nii: no such file"):
         processor(images=["missing.nii"], text=["<image>"])
+
+
+def test_a_batch_without_any_scan_is_text(processor):
+    inputs = processor(images=[[], []], text=["a", "b"])
+    assert "pixel_values" not in inputs
+    with pytest.raises(PromptError, match="text: a int"):
+        processor(text=5)
