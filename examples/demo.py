@@ -59,6 +59,7 @@ def run(scan: str, out: Path) -> None:
     from transformers import pipeline
     from transformers.utils import logging
 
+    from ct_moe.hub.cli import printable
     from ct_moe.hub.conversion import convert_base
     from ct_moe.hub.picture import draw_slices
     from ct_moe.hub.tiny_base import build_tiny_base
@@ -80,7 +81,7 @@ def run(scan: str, out: Path) -> None:
     print("\nThe weights are UNTRAINED (random): the text below means nothing.\n")
     print(f"Scan        {scan}: {result['num_slices']} slices of {result['slab_mm']:g} mm")
     print(f"Task        {result['task']}")
-    print(f"Findings    {result['findings']}")
+    print(f"Findings    {printable(result['findings'] or '(none in the text)')}")
     print(f"Impression  {result['impression'] or '(none in the text)'}")
     print(f"Notice      {result['notice']}")
     print(f"\nWrote {out / 'report.json'} and {out / 'slices.png'} in {time.perf_counter() - started:.0f} s")

@@ -235,10 +235,15 @@ def _summary(record: dict, with_text: bool) -> str:
     if with_text:
         for name in ("findings", "impression", "answer"):
             if record.get(name):
-                lines.append(f"{name.capitalize()}: {record[name]}")
+                lines.append(f"{name.capitalize()}: {printable(record[name])}")
     scope = "The model is untrained" if record["scope"] == "untrained" else f"Model trained for: {record['scope']}"
     lines.append(f"{scope}. {record['notice']}\n")
     return "\n".join(lines)
+
+
+def printable(text: str) -> str:
+    """Generated text for a terminal, which would obey the control characters that a model may produce."""
+    return "".join(character if character.isprintable() or character == "\n" else "\ufffd" for character in text)
 
 
 def _read_text(path: Path) -> str:

@@ -22,7 +22,7 @@ import pytest
 from typer.testing import CliRunner
 
 from ct_moe import CTMoEError, ModelError
-from ct_moe.hub.cli import app, main
+from ct_moe.hub.cli import app, main, printable
 
 
 @pytest.fixture
@@ -104,8 +104,9 @@ def test_questions_are_answered_and_streamed(model_folder, scan):
     arguments = ["report", scan, "-m", model_folder, "--question", "Is there a stone?", "--max-new-tokens", 6]
     told, streamed = invoke(*arguments), invoke(*arguments, "--stream")
     assert told.exit_code == streamed.exit_code == 0
-    answer = next(line for line in told.stdout.splitlines() if line.startswith("Answer: ")).removeprefix("Answer: ")
-    assert answer in streamed.stdout
+    answer = told.stdout.partition("Answer: ")[2].partition("\n")[0]
+    assert answer
+    assert answer in printable(streamed.stdout)
     assert "Answer:" not in streamed.stdout
 
 
@@ -303,3 +304,7 @@ def test_view_with_a_folder_of_another_model_names_it(monkeypatch, capsys, scan,
     assert invoke("tiny-base", tmp_path / "base").exit_code == 0
     line = fail(monkeypatch, capsys, "view", scan, "--out", tmp_path / "a.png", "-m", tmp_path / "base")
     assert line.startswith(f"ct-moe: error: {tmp_path / 'base'}: a model of type 'llava'")
+
+
+def test_control_characters_do_not_reach_the_terminal():
+    assert printable("liver \x1b[31mnormal\x07\nspleen é") == "liver \ufffd[31mnormal\ufffd\nspleen é"
