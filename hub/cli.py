@@ -86,7 +86,10 @@ def convert(
     chat_template: Annotated[
         Path | None, typer.Option(help="Jinja file in place of the base's chat template.")
     ] = None,
-    preset: Annotated[Literal["paper_like"] | None, typer.Option(help="Settings nearest to the paper's.")] = None,
+    preset: Annotated[
+        Literal["paper_like", "med_2e3"] | None,
+        typer.Option(help="Settings nearest to the paper's, or those of Med-2E3 (a second, 3D encoder and TG-IS)."),
+    ] = None,
     setting: Annotated[
         list[str] | None,
         typer.Option("--set", help="Config field as NAME=JSON, e.g. --set num_experts=8 --set 'tasks=[\"report\"]'."),

@@ -47,7 +47,7 @@ from ct_moe import (
     CTMoEProcessor,
     CTMoEVisionConfig,
 )
-from ct_moe.configuration_ct_moe import paper_like
+from ct_moe.configuration_ct_moe import med_2e3, paper_like
 
 from .base_model import (
     Base,
@@ -150,7 +150,7 @@ def convert_base(
     parity: bool = True,
     progress: bool = True,
     chat_template: str | None = None,
-    preset: Literal["paper_like"] | None = None,
+    preset: Literal["paper_like", "med_2e3"] | None = None,
     **ct_moe_overrides,
 ) -> ConversionReport:
     """Convert a 2D multimodal base into a CT-MoE model, and leave nothing behind on any error.
@@ -165,7 +165,8 @@ def convert_base(
             one after the other.
         progress: show progress on stderr.
         chat_template: Jinja template in place of the base's own.
-        preset: `"paper_like"` for the settings of `configuration_ct_moe.paper_like`; overrides come on top.
+        preset: `"paper_like"` or `"med_2e3"` for the settings of that name in `configuration_ct_moe`; overrides come
+            on top.
         **ct_moe_overrides: fields of `CTMoEConfig` and `CTMoEVisionConfig` that the base does not determine, such as
             `tasks`, `pool`, `num_experts` or `volume_layers`.
 
@@ -181,10 +182,12 @@ def convert_base(
     with new_folder(out) as folder, _progress(progress) as step:
         step("reading the base")
         source = open_base(base, revision)
-        if preset not in (None, "paper_like"):
-            raise ConversionError("preset", f"{preset!r} is unknown", 'Use "paper_like", or none')
-        if preset is not None:
+        if preset == "paper_like":
             ct_moe_overrides = {**paper_like(source.config.vision_config.intermediate_size), **ct_moe_overrides}
+        elif preset == "med_2e3":
+            ct_moe_overrides = {**med_2e3(), **ct_moe_overrides}
+        elif preset is not None:
+            raise ConversionError("preset", f"{preset!r} is unknown", 'Use "paper_like", "med_2e3", or none')
         config = _make_config(source.config, ct_moe_overrides)
         processor, template_note = _make_processor(source, config, chat_template)
 
@@ -292,6 +295,8 @@ def _make_processor(source: Base, config: CTMoEConfig, chat_template: str | None
         patch_size=config.vision_config.patch_size,
         image_mean=image_settings["image_mean"],
         image_std=image_settings["image_std"],
+        # A 3D encoder was made for a number of slices.
+        num_slices=None if config.volume_encoder_config is None else config.volume_encoder_config.num_slices,
     )
     processor = CTMoEProcessor(
         image_processor=image_processor,
@@ -300,6 +305,8 @@ def _make_processor(source: Base, config: CTMoEConfig, chat_template: str | None
         image_token=image_token,
         pool=config.pool,
         tasks=config.tasks,
+        slice_scoring=config.slice_scoring,
+        volume_cell=config.volume_cell,
     )
     return processor, note
 

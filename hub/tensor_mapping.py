@@ -53,6 +53,9 @@ _ADDED_RULES = [
     (r"model\.vision_tower\.layers\.\d+\.moe\.(shared|group)_router\..+", "expert routers"),
     (r"model\.guide_encoder\..+", "guide encoder"),
     (r"model\.task_router\..+", "task router"),
+    (r"model\.slice_scoring\..+", "slice scoring"),
+    (r"model\.volume_encoder\..+", "3D encoder"),
+    (r"model\.volume_projector\..+", "projector of the 3D encoder"),
 ]
 
 

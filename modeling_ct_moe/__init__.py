@@ -12,16 +12,18 @@ from importlib import import_module
 __version__ = "0.1.0"
 
 _MODULES = {
-    "configuration_ct_moe": ["CTMoEConfig", "CTMoEVisionConfig"],
+    "configuration_ct_moe": ["CTMoEConfig", "CTMoEVisionConfig", "CTMoEVolumeEncoderConfig"],
     "image_processing_ct_moe": ["CTMoEImageProcessor"],
     "modeling_ct_moe": [
         "CTMoEForConditionalGeneration",
         "CTMoEModel",
         "CTMoEPreTrainedModel",
         "CTMoEVisionModel",
+        "CTMoEVolumeEncoder",
     ],
     "pipeline_ct_moe": ["CTReportPipeline"],
     "processing_ct_moe": ["CTMoEProcessor"],
+    "routing_ct_moe": ["routing_maps", "routing_statistics"],
 }
 _LIGHT_MODULES = {
     "errors_ct_moe": ["CTMoEError", "ConversionError", "ModelError", "PromptError", "VolumeError"],

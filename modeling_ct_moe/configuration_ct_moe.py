@@ -222,6 +222,85 @@ class CTMoEVisionConfig(PreTrainedConfig):
             raise ModelError("router_jitter", f"{self.router_jitter} is not in [0, 1)", "Use 0.01")
 
 
+@auto_docstring(custom_intro="Configuration of [`CTMoEVolumeEncoder`]: a ViT with 3D patches, by default as M3D-CLIP.")
+@strict
+class CTMoEVolumeEncoderConfig(PreTrainedConfig):
+    r"""
+    num_slices (`int`, *optional*, defaults to 32):
+        Slices the position embeddings were made for. Volumes of another number are placed by relative depth.
+    patch_size (`list[int]`, *optional*, defaults to `(4, 16, 16)`):
+        Slices, rows and columns of a patch.
+    qk_norm (`bool`, *optional*, defaults to `False`):
+        Whether queries and keys pass an RMS norm, as in [`CTMoEVisionConfig`].
+    class_token (`bool`, *optional*, defaults to `True`):
+        Whether a class token precedes the patches.
+    post_layernorm (`bool`, *optional*, defaults to `False`):
+        Whether the features are read after the last norm (M3D-LaMed) or before it (Med-2E3).
+    pool (`list[int]`, *optional*, defaults to `(2, 2, 2)`):
+        Patches along each axis that are averaged into one visual token.
+    """
+
+    model_type = "ct_moe_volume_encoder"
+    base_config_key = "volume_encoder_config"
+
+    hidden_size: int = 768
+    intermediate_size: int = 3072
+    num_hidden_layers: int = 12
+    num_attention_heads: int = 12
+    num_channels: int = 3
+    num_slices: int = 32
+    image_size: int = 256
+    patch_size: list[int] | tuple[int, ...] = (4, 16, 16)
+    hidden_act: str = "gelu"
+    layer_norm_eps: float = 1e-5
+    attention_dropout: float | int = 0.0
+    attention_bias: bool = False
+    qk_norm: bool = False
+    initializer_range: float = 0.02
+
+    class_token: bool = True
+    post_layernorm: bool = False
+    pool: list[int] | tuple[int, ...] = (2, 2, 2)
+
+    def __post_init__(self, **kwargs):
+        self.patch_size, self.pool = list(self.patch_size), list(self.pool)
+        if len(self.patch_size) != 3 or min(self.patch_size) < 1 or len(self.pool) != 3 or min(self.pool) < 1:
+            raise ModelError(
+                "volume_encoder_config",
+                f"patch_size {self.patch_size} and pool {self.pool} are not three positive numbers each",
+                "Use (4, 16, 16) and (2, 2, 2)",
+            )
+        if self.hidden_size % self.num_attention_heads:
+            raise ModelError(
+                "volume_encoder_config",
+                f"hidden_size {self.hidden_size} is not a multiple of {self.num_attention_heads} attention heads",
+                "Take both from the encoder whose weights are used",
+            )
+        if min(self.grid_size) < 1:
+            raise ModelError(
+                "volume_encoder_config",
+                f"patches {self.patch_size} do not fit into {self.num_slices} slices of {self.image_size} pixels",
+                "Use smaller patches",
+            )
+        super().__post_init__(**kwargs)
+
+    @property
+    def grid_size(self) -> tuple[int, int, int]:
+        """Patches along z, y and x that have a position embedding."""
+        slices, rows, columns = self.patch_size
+        return self.num_slices // slices, self.image_size // rows, self.image_size // columns
+
+    @property
+    def slices_per_cell(self) -> int:
+        """Slices that one visual token spans."""
+        return self.patch_size[0] * self.pool[0]
+
+    @property
+    def tokens_per_cell(self) -> int:
+        """Visual tokens for every `slices_per_cell` slices."""
+        return num_pooled_cells(self.grid_size[1:], self.pool[1:])
+
+
 @auto_docstring(custom_intro="Configuration of [`CTMoEForConditionalGeneration`].")
 @strict
 class CTMoEConfig(PreTrainedConfig):
@@ -235,13 +314,22 @@ class CTMoEConfig(PreTrainedConfig):
     pool (`list[int]`, *optional*, defaults to `(2, 2, 2)`):
         Slices, rows and columns of visual tokens that are averaged into one before the projector.
     slice_scoring (`str`, *optional*, defaults to `"none"`):
-        `"none"`; text-guided inter-slice scoring of Med-2E3 (`"tgis"`) is not available yet.
+        `"tgis"` appends the 2D features of all slices, weighted by the text-guided inter-slice scores of Med-2E3.
+    tgis_variant (`str`, *optional*, defaults to `"centred"`):
+        `"centred"`: cosine to what a slice has and the mean slice has not, learned temperature. `"paper"`: the
+        published scalar product, divided by 5.
+    tgis_alpha (`float`, *optional*):
+        Share of the 3D features in what is scored, by default 0.5, and 0.2 in the published form.
+    volume_encoder_config (`CTMoEVolumeEncoderConfig`, *optional*):
+        A second, 3D encoder whose tokens take the place of the vision encoder's in TG-IS, as in Med-2E3.
     router_balance_coef (`float`, *optional*, defaults to 0.01):
         Weight of the load balance loss beside the language loss.
     router_z_coef (`float`, *optional*, defaults to 0.001):
         Weight of the router z-loss.
     task_coef (`float`, *optional*, defaults to 0.1):
         Weight of the cross-entropy between the task router and the task labels.
+    output_router_logits (`bool`, *optional*, defaults to `False`):
+        Whether every call returns the router logits.
     format_version (`int`, *optional*, defaults to 1):
         Version of the folder layout and of the meaning of these fields.
     intended_scope (`str`, *optional*, defaults to `"untrained"`):
@@ -252,12 +340,14 @@ class CTMoEConfig(PreTrainedConfig):
     sub_configs_defaults: ClassVar[dict[str, SubConfigSpec]] = {
         "vision_config": SubConfigSpec(config_class=CTMoEVisionConfig),
         "text_config": SubConfigSpec(config_class=AutoConfig, model_type="phi3"),
+        "volume_encoder_config": SubConfigSpec(config_class=CTMoEVolumeEncoderConfig, optional=True),
     }
     # Every saved folder carries its own code, checkpoints in the middle of a training run included.
     _auto_class: ClassVar[str | None] = "AutoConfig"
 
     vision_config: dict | PreTrainedConfig | None = None
     text_config: dict | PreTrainedConfig | None = None
+    volume_encoder_config: dict | PreTrainedConfig | None = None
     image_token_id: int = 32000
     projector_hidden_act: str = "gelu"
     multimodal_projector_bias: bool = True
@@ -266,9 +356,12 @@ class CTMoEConfig(PreTrainedConfig):
     tasks: list[str] | None = None
     pool: list[int] | tuple[int, ...] = (2, 2, 2)
     slice_scoring: Literal["none", "tgis"] = "none"
+    tgis_variant: Literal["centred", "paper"] = "centred"
+    tgis_alpha: float | int | None = None
     router_balance_coef: float | int = 0.01
     router_z_coef: float | int = 0.001
     task_coef: float | int = 0.1
+    output_router_logits: bool = False
 
     format_version: int = FORMAT_VERSION
     intended_scope: str = "untrained"
@@ -290,8 +383,7 @@ class CTMoEConfig(PreTrainedConfig):
             raise ModelError("pool", f"{self.pool} is not three positive numbers", "Use (2, 2, 2), or (1, 1, 1)")
         if min(self.router_balance_coef, self.router_z_coef, self.task_coef) < 0:
             raise ModelError("router_balance_coef, router_z_coef, task_coef", "one is below 0", "Use 0 to turn it off")
-        if self.slice_scoring != "none":
-            raise ModelError("slice_scoring", f"{self.slice_scoring!r} is not available yet", 'Use "none"')
+        self._check_slice_scoring()
         self.vision_config.num_tasks = len(self.tasks)
         if self.vision_config.moe_layers and not self.vision_config.shared_group and not self.tasks:
             raise ModelError(
@@ -309,10 +401,35 @@ class CTMoEConfig(PreTrainedConfig):
         if not self.tie_word_embeddings and self.text_config.tie_word_embeddings:
             self.tie_word_embeddings = True  # saved in the text config by many bases
 
+    @property
+    def volume_cell(self) -> list[int] | None:
+        """The second, 3D encoder gives so many (slices, tokens): `tokens` visual tokens for every `slices` slices."""
+        encoder = self.volume_encoder_config
+        return None if encoder is None else [encoder.slices_per_cell, encoder.tokens_per_cell]
+
     def num_visual_tokens(self, num_slices: int) -> int:
         """Visual tokens, and so placeholders, of a volume of `num_slices` slices (design section 2.4)."""
         grid = self.vision_config.grid_size
-        return num_pooled_cells((num_slices, grid, grid), self.pool)
+        return num_visual_tokens((num_slices, grid, grid), self.pool, self.slice_scoring, self.volume_cell)
+
+    def _check_slice_scoring(self) -> None:
+        if self.tgis_alpha is None:
+            self.tgis_alpha = 0.2 if self.tgis_variant == "paper" else 0.5
+        if not 0.0 <= self.tgis_alpha <= 1.0:
+            raise ModelError("tgis_alpha", f"{self.tgis_alpha} is not in [0, 1]", "Use 0.5, or 0.2 as published")
+        if self.volume_encoder_config is None:
+            return
+        if self.slice_scoring == "none":
+            raise ModelError(
+                "volume_encoder_config", "the second encoder is read by TG-IS only", 'Set slice_scoring="tgis"'
+            )
+        if self.vision_config.volume_layers:
+            raise ModelError(
+                "volume_layers",
+                f"{self.vision_config.volume_layers} beside a second, 3D encoder, which gives the 3D features in "
+                "their place: nothing would read them",
+                "Set volume_layers=[]",
+            )
 
 
 def paper_like(intermediate_size: int) -> dict[str, object]:
@@ -324,12 +441,40 @@ def paper_like(intermediate_size: int) -> dict[str, object]:
     return {"tasks": ["report", "vqa"], "num_task_experts": 1, "moe_intermediate_size": intermediate_size}
 
 
-def num_pooled_cells(shape: tuple[int, int, int], pool: list[int] | tuple[int, ...]) -> int:
-    """Cells left of a (slices, rows, columns) grid after pooling, partial cells counted."""
+def med_2e3() -> dict[str, object]:
+    """Fields of the preset `med_2e3`: the published system of arXiv 2411.12783 on a base's own 2D tower.
+
+    The tower stays 2D, without experts and unpooled; a 3D encoder of M3D-CLIP's shape (32 slices of 256 pixels in
+    patches of 4 x 16 x 16, pooled to 256 tokens) gives the volume features; TG-IS is in its published form.
+    """
+    return {
+        "tasks": [],
+        "volume_layers": [],
+        "pool": (1, 1, 1),
+        "slice_scoring": "tgis",
+        "tgis_variant": "paper",
+        "volume_encoder_config": {},
+    }
+
+
+def num_visual_tokens(
+    shape: tuple[int, int, int],
+    pool: list[int] | tuple[int, ...],
+    slice_scoring: str = "none",
+    volume_cell: list[int] | None = None,
+) -> int:
+    """Visual tokens of a volume of (slices, rows, columns) patches, design section 2.4; the rest as in the config."""
+    in_plane = num_pooled_cells(shape[1:], pool[1:])
+    slices_per_cell, tokens_per_cell = volume_cell or (pool[0], in_plane)
+    return -(-shape[0] // slices_per_cell) * tokens_per_cell + (in_plane if slice_scoring == "tgis" else 0)
+
+
+def num_pooled_cells(shape: tuple[int, ...], pool: list[int] | tuple[int, ...]) -> int:
+    """Cells left of a grid after pooling, partial cells counted."""
     cells = 1
     for length, step in zip(shape, pool):
         cells *= -(-length // step)
     return cells
 
 
-__all__ = ["CTMoEConfig", "CTMoEVisionConfig", "paper_like"]
+__all__ = ["CTMoEConfig", "CTMoEVisionConfig", "CTMoEVolumeEncoderConfig", "med_2e3", "paper_like"]

@@ -40,8 +40,9 @@ from transformers.utils import ModelOutput, TransformersKwargs, auto_docstring
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
-from .configuration_ct_moe import CTMoEConfig, CTMoEVisionConfig
+from .configuration_ct_moe import CTMoEConfig, CTMoEVisionConfig, CTMoEVolumeEncoderConfig
 from .errors_ct_moe import ModelError, PromptError
+from .routing_ct_moe import routing_losses
 
 
 # Which ViT takes which side of these is said where the config declares them.
@@ -74,10 +75,18 @@ VOLUME_ARGS = r"""
         Factor of the task group's output: 1 in value, with the task router's gradient.
     prefix_hidden_states (`torch.Tensor` of shape `(num_volumes, num_slices, num_tokens, hidden_size)`, *optional*):
         An earlier call's output of that name instead of `pixel_values`: a further question costs the later layers.
+    slice_hidden_states (`torch.Tensor` of shape `(num_volumes, num_slices, num_tokens, hidden_size)`, *optional*):
+        Likewise, for a model that scores slices.
+    volume_hidden_states (`torch.Tensor` of shape `(num_volumes, depth, rows, columns, hidden_size)`, *optional*):
+        Likewise, for a model with a second, 3D encoder.
     output_prefix_hidden_states (`bool`, *optional*, defaults to `False`):
-        Whether to return the hidden states before the first MoE layer, which do not depend on the prompt.
-    output_router_logits (`bool`, *optional*, defaults to `False`):
-        Whether to return router logits.
+        Whether to return the hidden states that do not depend on the prompt: those before the first MoE layer and,
+        for TG-IS, before the first volume layer or of whole encoders.
+    slicewise (`bool`, *optional*, defaults to `False`):
+        Whether every layer runs slice by slice, without depth positions and experts, as in the base: the 2D features
+        of TG-IS. Then `prefix_hidden_states` are those before the first volume layer.
+    output_router_logits (`bool`, *optional*):
+        Whether to return router logits, by default as the config says.
     mm_encoder_outputs (`dict[str, CTMoEImageFeatures]`, *optional*):
         `{"image": features}` from [`~CTMoEModel.get_image_features`], instead of `pixel_values`.
 """
@@ -95,11 +104,14 @@ class CTMoEVisionOutput(BaseModelOutput):
         See [`CTMoERoutingOutput`].
     prefix_hidden_states (`torch.Tensor` of shape `(num_volumes, num_slices, num_tokens, hidden_size)`, *optional*):
         Output of the last layer before the first MoE layer. It does not depend on the prompt.
+    slice_prefix_hidden_states (`torch.Tensor` of that shape, *optional*):
+        Output of the last layer before the first volume layer.
     """
 
     router_logits: tuple[torch.Tensor] | None = None
     token_mask: torch.Tensor | None = None
     prefix_hidden_states: torch.Tensor | None = None
+    slice_prefix_hidden_states: torch.Tensor | None = None
 
 
 @auto_docstring(custom_intro="How the volumes of a batch were routed, and what training makes of it.")
@@ -115,6 +127,8 @@ class CTMoERoutingOutput(ModelOutput):
         The task router's float32 logits.
     task_index (`torch.Tensor` of shape `(num_volumes,)`, *optional*):
         The task group each volume was sent to, -1 for none.
+    slice_scores (`torch.Tensor` of shape `(num_volumes, num_slices)`, *optional*):
+        TG-IS: the weight of each slice's 2D features, float32, 0 for padding. Routing, not evidence.
     aux_loss (`torch.Tensor`, *optional*, returned in training):
         The weighted sum of the three losses below, to be added to the language loss.
     balance_loss (`torch.Tensor`, *optional*, returned in training):
@@ -129,6 +143,7 @@ class CTMoERoutingOutput(ModelOutput):
     token_mask: torch.Tensor | None = None
     task_logits: torch.Tensor | None = None
     task_index: torch.Tensor | None = None
+    slice_scores: torch.Tensor | None = None
     aux_loss: torch.Tensor | None = None
     balance_loss: torch.Tensor | None = None
     z_loss: torch.Tensor | None = None
@@ -140,14 +155,21 @@ class CTMoERoutingOutput(ModelOutput):
 class CTMoEImageFeatures(BaseModelOutputWithPooling):
     r"""
     pooler_output (`list[torch.Tensor]`):
-        Per volume a tensor of shape `(num_visual_tokens, text_hidden_size)`, in z, y, x order.
+        Per volume a tensor of shape `(num_visual_tokens, text_hidden_size)`, in z, y, x order; with TG-IS the weighted
+        2D features come last.
     prefix_hidden_states (`torch.Tensor`, *optional*):
         See [`CTMoEVisionOutput`].
+    slice_hidden_states (`torch.Tensor` of shape `(num_volumes, num_slices, num_tokens, hidden_size)`, *optional*):
+        TG-IS: the 2D features. They do not depend on the prompt.
+    volume_hidden_states (`torch.Tensor` of shape `(num_volumes, depth, rows, columns, hidden_size)`, *optional*):
+        The patches of the second, 3D encoder. They do not depend on the prompt.
     routing (`CTMoERoutingOutput`, *optional*):
         How the volumes were routed.
     """
 
     prefix_hidden_states: torch.Tensor | None = None
+    slice_hidden_states: torch.Tensor | None = None
+    volume_hidden_states: torch.Tensor | None = None
     routing: CTMoERoutingOutput | None = None
 
 
@@ -518,9 +540,12 @@ class CTMoEVisionLayer(GradientCheckpointingLayer):
         *routing: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
         position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
+        slicewise: bool = False,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         """`(V * S, N, D)` in and out, and a MoE layer's router logits. Mask and positions are for volume layers.
+
+        With `slicewise` it is the base's layer, whatever it is here.
 
         The fields of `CTMoERouting` come one by one: reentrant checkpointing gives a gradient to tensors among the
         positional arguments only.
@@ -528,7 +553,7 @@ class CTMoEVisionLayer(GradientCheckpointingLayer):
         routing = CTMoERouting(*routing)
         slice_shape = hidden_states.shape
         volume_shape = (-1, num_slices * slice_shape[1], slice_shape[2])
-        if self.is_volume_layer:
+        if self.is_volume_layer and not slicewise:
             hidden_states = hidden_states.view(volume_shape)
         else:
             attention_mask = position_embeddings = None
@@ -548,7 +573,7 @@ class CTMoEVisionLayer(GradientCheckpointingLayer):
         normed = self.layer_norm2(hidden_states)
         hidden_states = self.mlp(normed)
         router_logits = None
-        if self.moe is not None and routing.token_index.shape[0] > 0:
+        if self.moe is not None and not slicewise and routing.token_index.shape[0] > 0:
             expert_output, router_logits = self.moe(normed, routing)
             flat = hidden_states.flatten(0, 1)
             hidden_states = flat.index_add(0, routing.token_index, expert_output.to(flat.dtype)).view_as(hidden_states)
@@ -589,17 +614,59 @@ class CTMoETaskRouter(nn.Linear):
 
 
 class CTMoEMultiModalProjector(nn.Module):
-    """The base's two-layer projector."""
+    """The base's two-layer projector, or one like it from another encoder of width `hidden_size`."""
 
-    def __init__(self, config: CTMoEConfig):
+    def __init__(self, config: CTMoEConfig, hidden_size: int | None = None):
         super().__init__()
         bias = config.multimodal_projector_bias
-        self.linear_1 = nn.Linear(config.vision_config.hidden_size, config.text_config.hidden_size, bias=bias)
+        hidden_size = hidden_size or config.vision_config.hidden_size
+        self.linear_1 = nn.Linear(hidden_size, config.text_config.hidden_size, bias=bias)
         self.act = ACT2FN[config.projector_hidden_act]
         self.linear_2 = nn.Linear(config.text_config.hidden_size, config.text_config.hidden_size, bias=bias)
 
     def forward(self, image_features: torch.Tensor) -> torch.Tensor:
         return self.linear_2(self.act(self.linear_1(image_features)))
+
+
+class CTMoESliceScoring(nn.Module):
+    """TG-IS: how much the prompt asks for each slice (design section 2.4, arXiv 2411.12783).
+
+        z_j = a * mean(3D tokens of the cell that holds slice j) + (1 - a) * mean(2D tokens of slice j)
+        s   = masked softmax_j( <norm(z_j - mean_j z), norm(t)> / tau ),  tau learned from 0.07      "centred"
+        s   = masked softmax_j( <z_j, t> / 5 )                                                        "paper"
+
+    with t = T g and a = `tgis_alpha`. T has no bias: without a prompt all slices count alike. What all slices share
+    would swamp what differs, so the centred form takes it away.
+    """
+
+    def __init__(self, config: CTMoEConfig):
+        super().__init__()
+        self.config = config
+        self.text_proj = nn.Linear(config.vision_config.guide_size, config.text_config.hidden_size, bias=False)
+        # CODEPATH: the published form has a fixed temperature.
+        self.log_temperature = nn.Parameter(torch.empty(1)) if config.tgis_variant == "centred" else None
+
+    def forward(
+        self, cell_means: torch.Tensor, slice_means: torch.Tensor, guide: torch.Tensor, slice_mask: torch.Tensor
+    ) -> torch.Tensor:
+        """3D and 2D means per slice `(V, S, D_text)`, `(V, guide_size)` and `(V, S)` to float32 scores `(V, S)`."""
+        with torch.autocast(guide.device.type, enabled=False):
+            alpha = self.config.tgis_alpha
+            states = alpha * cell_means.float() + (1 - alpha) * slice_means.float()
+            target = nn.functional.linear(guide, self.text_proj.weight.float())
+            # CODEPATH: the published form has no centring and no norms.
+            if self.log_temperature is None:
+                logits = torch.matmul(states, target.unsqueeze(-1)).squeeze(-1) / 5
+            else:
+                weight = slice_mask.unsqueeze(-1).float()
+                mean = (states * weight).sum(dim=1, keepdim=True) / weight.sum(dim=1, keepdim=True).clamp(min=1)
+                states = states - mean
+                # Rounding must not make equal slices differ: what is 1e-5 of the mean and less keeps its size.
+                floor = 1e-5 * mean.norm(dim=-1, keepdim=True) + torch.finfo(states.dtype).tiny
+                states = states / torch.maximum(states.norm(dim=-1, keepdim=True), floor)
+                target = nn.functional.normalize(target, dim=-1)
+                logits = torch.matmul(states, target.unsqueeze(-1)).squeeze(-1) / self.log_temperature.float().exp()
+            return logits.masked_fill(~slice_mask, torch.finfo(logits.dtype).min).softmax(dim=-1) * slice_mask
 
 
 @auto_docstring(custom_intro="Flags and weight initialisation shared by all CT-MoE models.")
@@ -608,7 +675,7 @@ class CTMoEPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     input_modalities = ("image", "text")
     supports_gradient_checkpointing = True
-    _no_split_modules = ["CTMoEVisionEmbeddings", "CTMoEVisionLayer"]
+    _no_split_modules = ["CTMoEVisionEmbeddings", "CTMoEVisionLayer", "CTMoEVolumeEncoderLayer"]
     _skip_keys_device_placement = ["past_key_values"]
     _supports_flash_attn = True
     _supports_sdpa = True
@@ -641,6 +708,13 @@ class CTMoEPreTrainedModel(PreTrainedModel):
                 init.ones_(module.layer_scale2)
         elif isinstance(module, CTMoEGuideEncoder):
             init.normal_(module.query, std=std)
+        elif isinstance(module, CTMoESliceScoring):
+            if module.log_temperature is not None:
+                init.constant_(module.log_temperature, math.log(0.07))
+        elif isinstance(module, CTMoEVolumeEmbeddings):
+            init.normal_(module.position_embedding, std=std)
+            if module.class_embedding is not None:
+                init.normal_(module.class_embedding, std=std)
 
 
 @auto_docstring(custom_intro="The vision encoder: the base's ViT, 3D in its volume layers, TGH-MoE in its MoE layers.")
@@ -685,9 +759,11 @@ class CTMoEVisionModel(CTMoEPreTrainedModel):
         task_gate: torch.Tensor | None = None,
         prefix_hidden_states: torch.Tensor | None = None,
         output_prefix_hidden_states: bool = False,
+        slicewise: bool = False,
         **kwargs: Unpack[TransformersKwargs],
     ) -> CTMoEVisionOutput:
         first_moe_layer = min(self.config.moe_layers, default=self.config.num_read_layers)
+        first_volume_layer = min(self.config.volume_layers, default=self.config.num_read_layers)
         if prefix_hidden_states is None:
             self._check_pixel_values(pixel_values)
             num_volumes, num_slices = pixel_values.shape[:2]
@@ -700,7 +776,7 @@ class CTMoEVisionModel(CTMoEPreTrainedModel):
             num_volumes, num_slices = prefix_hidden_states.shape[:2]
             self._check_shapes(num_volumes, num_slices, slice_mask, slice_positions, patch_mask, volume_scale)
             hidden_states = prefix_hidden_states.flatten(0, 1)
-            first_layer = first_moe_layer
+            first_layer = first_volume_layer if slicewise else first_moe_layer
         device = hidden_states.device
         num_tokens = hidden_states.shape[1]
         if slice_mask is None:
@@ -714,27 +790,33 @@ class CTMoEVisionModel(CTMoEPreTrainedModel):
         routing = self._prepare_routing(slice_mask, patch_mask, num_tokens, guide, task_index, task_gate)
 
         router_logits = ()
-        prefix = None
+        prefix = hidden_states
+        slice_prefix = hidden_states if first_layer <= first_volume_layer else None
         for layer_idx, layer in enumerate(self.layers[first_layer:], start=first_layer):
-            if layer_idx == first_moe_layer:
-                prefix = hidden_states
             hidden_states, layer_logits = layer(
                 hidden_states,
                 num_slices,
                 *routing,
                 attention_mask=attention_mask,
                 position_embeddings=position_embeddings,
+                slicewise=slicewise,
                 **kwargs,
             )
             if layer_logits is not None:
                 router_logits += (layer_logits,)
-        prefix = hidden_states if prefix is None else prefix
+            if layer_idx + 1 == first_moe_layer:
+                prefix = hidden_states
+            if layer_idx + 1 == first_volume_layer:
+                slice_prefix = hidden_states
         slice_shape = (num_volumes, num_slices, num_tokens, -1)
         return CTMoEVisionOutput(
             last_hidden_state=self.post_layernorm(hidden_states).view(slice_shape),
             router_logits=router_logits or None,
             token_mask=routing.token_mask.long(),
             prefix_hidden_states=prefix.view(slice_shape) if output_prefix_hidden_states else None,
+            slice_prefix_hidden_states=(
+                slice_prefix.view(slice_shape) if output_prefix_hidden_states and slice_prefix is not None else None
+            ),
         )
 
     def _attention_mask(self, hidden_states: torch.Tensor, slice_mask: torch.Tensor):
@@ -816,6 +898,117 @@ class CTMoEVisionModel(CTMoEPreTrainedModel):
         )
 
 
+class CTMoEVolumeEmbeddings(nn.Module):
+    """Patches of several slices, placed by a learned table whose depth is stretched over the volume."""
+
+    def __init__(self, config: CTMoEVolumeEncoderConfig):
+        super().__init__()
+        self.config = config
+        self.patch_embedding = nn.Conv3d(
+            config.num_channels, config.hidden_size, kernel_size=config.patch_size, stride=config.patch_size
+        )
+        self.position_embedding = nn.Parameter(torch.empty(*config.grid_size, config.hidden_size))
+        # CODEPATH: encoders trained by contrast (M3D-CLIP) have a class token, others need none.
+        self.class_embedding = nn.Parameter(torch.empty(config.hidden_size)) if config.class_token else None
+
+    def forward(self, pixel_values: torch.Tensor, slice_mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """`(V, S, 3, height, width)` to tokens `(V, [1 +] depth * rows * columns, D)` and patches along z `(V,)`."""
+        size, step = self.config.image_size, self.config.patch_size[0]
+        num_volumes, num_slices = slice_mask.shape
+        depth = -(-num_slices // step)
+        # The last patch of a volume is filled with its last slice.
+        last = (slice_mask.sum(dim=1, keepdim=True) - 1).clamp(min=0)
+        index = torch.minimum(torch.arange(depth * step, device=slice_mask.device).expand(num_volumes, -1), last)
+        volumes = torch.arange(num_volumes, device=slice_mask.device).unsqueeze(1)
+        if pixel_values.shape[-1] != size:
+            pixel_values = nn.functional.interpolate(
+                pixel_values.flatten(0, 1).float(), (size, size), mode="bilinear", antialias=True
+            ).unflatten(0, (num_volumes, num_slices))
+        pixel_values = pixel_values[volumes, index].transpose(1, 2)  # (V, 3, depth * step, size, size)
+        patches = self.patch_embedding(pixel_values.to(self.patch_embedding.weight.dtype)).permute(0, 2, 3, 4, 1)
+        depths = (slice_mask.sum(dim=1) + step - 1) // step
+        embeddings = (patches + self._positions(depth, depths)).flatten(1, 3)
+        if self.class_embedding is not None:
+            embeddings = torch.cat([self.class_embedding.expand(num_volumes, 1, -1), embeddings], dim=1)
+        return embeddings, depths
+
+    def _positions(self, depth: int, depths: torch.Tensor) -> torch.Tensor:
+        """`(V, depth, rows, columns, D)`: the table's depth interpolated to span the patches of each volume."""
+        table = self.position_embedding
+        place = (torch.arange(depth, device=depths.device) + 0.5) * table.shape[0] / depths.clamp(min=1)[:, None] - 0.5
+        place = place.clamp(0, table.shape[0] - 1)
+        below = place.floor().long()
+        share = (place - below)[..., None, None, None].to(table.dtype)
+        return table[below] * (1 - share) + table[(below + 1).clamp(max=table.shape[0] - 1)] * share
+
+
+class CTMoEVolumeEncoderLayer(GradientCheckpointingLayer):
+    def __init__(self, config: CTMoEVolumeEncoderConfig):
+        super().__init__()
+        self.self_attn = CTMoEVisionAttention(config)
+        self.layer_norm1 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+        self.mlp = CTMoEVisionMLP(config)
+        self.layer_norm2 = nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps)
+
+    def forward(
+        self,
+        hidden_states: torch.Tensor,
+        attention_mask: torch.Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> torch.Tensor:
+        attn_output, _ = self.self_attn(self.layer_norm1(hidden_states), attention_mask=attention_mask, **kwargs)
+        hidden_states = hidden_states + attn_output
+        return hidden_states + self.mlp(self.layer_norm2(hidden_states))
+
+
+@auto_docstring(custom_intro="The second encoder of Med-2E3: a ViT with 3D patches, such as M3D-CLIP's.")
+class CTMoEVolumeEncoder(CTMoEPreTrainedModel):
+    config: CTMoEVolumeEncoderConfig
+    base_model_prefix = "volume_encoder"
+    main_input_name = "pixel_values"
+    input_modalities = ("image",)
+    _input_embed_layer = "patch_embedding"
+    _can_record_outputs = {
+        "hidden_states": OutputRecorder(CTMoEVolumeEncoderLayer),
+        "attentions": CTMoEVisionAttention,
+    }
+
+    def __init__(self, config: CTMoEVolumeEncoderConfig):
+        super().__init__(config)
+        self.embeddings = CTMoEVolumeEmbeddings(config)
+        self.layers = nn.ModuleList(CTMoEVolumeEncoderLayer(config) for _ in range(config.num_hidden_layers))
+        # CODEPATH: M3D-LaMed reads after the last norm, Med-2E3 before it.
+        self.post_layernorm = (
+            nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps) if config.post_layernorm else nn.Identity()
+        )
+        self.post_init()
+
+    @merge_with_config_defaults
+    @capture_outputs(tie_last_hidden_states=False)
+    @auto_docstring(custom_args=VOLUME_ARGS)
+    def forward(
+        self,
+        pixel_values: torch.Tensor,
+        slice_mask: torch.Tensor | None = None,
+        **kwargs: Unpack[TransformersKwargs],
+    ) -> BaseModelOutput:
+        r"""
+        Returns:
+            [`BaseModelOutput`] with `last_hidden_state` of shape `(num_volumes, 1 + depth * rows * columns,
+            hidden_size)`, the class token (if there is one) first.
+        """
+        if slice_mask is None:
+            slice_mask = torch.ones(pixel_values.shape[:2], dtype=torch.bool, device=pixel_values.device)
+        hidden_states, depths = self.embeddings(pixel_values, slice_mask)
+        _, rows, columns = self.config.grid_size
+        places = torch.arange(hidden_states.shape[1], device=depths.device) - int(self.config.class_token)
+        token_mask = places < (depths * rows * columns)[:, None]
+        attention_mask = create_bidirectional_mask(self.config, hidden_states, token_mask)
+        for layer in self.layers:
+            hidden_states = layer(hidden_states, attention_mask=attention_mask, **kwargs)
+        return BaseModelOutput(last_hidden_state=self.post_layernorm(hidden_states))
+
+
 @auto_docstring(custom_intro="Vision encoder, projector and language model: volumes and text in, hidden states out.")
 class CTMoEModel(CTMoEPreTrainedModel):
     def __init__(self, config: CTMoEConfig):
@@ -824,11 +1017,19 @@ class CTMoEModel(CTMoEPreTrainedModel):
         self.multi_modal_projector = CTMoEMultiModalProjector(config)
         self.language_model = AutoModel.from_config(config.text_config)
         vision_config = config.vision_config
+        scores_slices = config.slice_scoring == "tgis"
         routed_by_text = bool(vision_config.moe_layers) and (
             vision_config.guide_interaction != "none" or vision_config.num_tasks > 0
         )
+        # CODEPATH: TG-IS is off by default.
+        self.slice_scoring = CTMoESliceScoring(config) if scores_slices else None
+        self.volume_encoder = self.volume_projector = None
+        # CODEPATH: the dual-encoder system of Med-2E3.
+        if config.volume_encoder_config is not None:
+            self.volume_encoder = CTMoEVolumeEncoder._from_config(config.volume_encoder_config)
+            self.volume_projector = CTMoEMultiModalProjector(config, config.volume_encoder_config.hidden_size)
         # CODEPATH: the dense ablation, and token-level experts without guide, read no prompt.
-        self.guide_encoder = CTMoEGuideEncoder(config) if routed_by_text else None
+        self.guide_encoder = CTMoEGuideEncoder(config) if routed_by_text or scores_slices else None
         # CODEPATH: the dense and the token-level ablations have no task groups.
         self.task_router = CTMoETaskRouter(config) if vision_config.moe_layers and vision_config.num_tasks else None
         self.post_init()
@@ -850,51 +1051,161 @@ class CTMoEModel(CTMoEPreTrainedModel):
         guide_attention_mask: torch.Tensor | None = None,
         task_ids: torch.Tensor | None = None,
         prefix_hidden_states: torch.Tensor | None = None,
+        slice_hidden_states: torch.Tensor | None = None,
+        volume_hidden_states: torch.Tensor | None = None,
         output_prefix_hidden_states: bool = False,
-        output_router_logits: bool = False,
+        output_router_logits: bool | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple | CTMoEImageFeatures:
-        if (pixel_values is None) == (prefix_hidden_states is None):
-            raise ModelError(
-                "pixel_values", "both or neither of pixel_values and prefix_hidden_states were given", "Give one"
-            )
+        scores_slices = self.config.slice_scoring == "tgis"
+        self._check_encoded(pixel_values, prefix_hidden_states, slice_hidden_states, volume_hidden_states)
         inputs = pixel_values if prefix_hidden_states is None else prefix_hidden_states
         self._check_rows(inputs.shape[0], guide_input_ids, guide_attention_mask, task_ids)
+        if output_router_logits is None:
+            output_router_logits = self.config.output_router_logits
         if task_ids is None:
             task_ids = torch.full((inputs.shape[0],), -100, device=inputs.device)
+        if slice_mask is None:
+            slice_mask = torch.ones(inputs.shape[:2], dtype=torch.bool, device=inputs.device)
+        slice_mask = slice_mask.bool()
         guide, has_guide = self._encode_guide(guide_input_ids, guide_attention_mask)
         task_logits, task_index, task_gate = self._choose_task(guide, has_guide, task_ids)
+        volume = {
+            "pixel_values": pixel_values,
+            "slice_mask": slice_mask,
+            "slice_positions": slice_positions,
+            "patch_mask": patch_mask,
+            "volume_scale": volume_scale,
+        }
         outputs = self.vision_tower(
-            pixel_values=pixel_values,
-            slice_mask=slice_mask,
-            slice_positions=slice_positions,
-            patch_mask=patch_mask,
-            volume_scale=volume_scale,
+            **volume,
             guide=guide,
             task_index=task_index,
             task_gate=task_gate,
             prefix_hidden_states=prefix_hidden_states,
-            output_prefix_hidden_states=output_prefix_hidden_states,
+            output_prefix_hidden_states=output_prefix_hidden_states or scores_slices,
             return_dict=True,
             **kwargs,
         )
+        slice_scores = None
+        # CODEPATH: TG-IS is off by default.
+        if scores_slices:
+            if slice_hidden_states is None:
+                slice_hidden_states = self._encode_slices(volume, outputs)
+            if volume_hidden_states is None and self.volume_encoder is not None:
+                volume_hidden_states = self._encode_volumes(pixel_values, slice_mask)
+            visual_tokens, slice_scores = self._score_and_project(
+                outputs.last_hidden_state, slice_hidden_states, volume_hidden_states, guide, slice_mask
+            )
+        else:
+            cells, cell_mask = self._pool_tower(outputs.last_hidden_state, slice_mask)
+            projected = self.multi_modal_projector(cells[cell_mask])
+            visual_tokens = [row.flatten(0, 1) for row in projected.split(cell_mask.sum(dim=1).tolist())]
         losses = {}
         if self.training:
-            losses = self._routing_losses(outputs, task_logits, task_index, has_guide, task_ids)
+            losses = routing_losses(
+                self.config, outputs.router_logits, outputs.token_mask, task_logits, task_index, has_guide, task_ids
+            )
         return CTMoEImageFeatures(
             last_hidden_state=outputs.last_hidden_state,
-            pooler_output=self._pool_and_project(outputs.last_hidden_state, slice_mask),
+            pooler_output=visual_tokens,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
-            prefix_hidden_states=outputs.prefix_hidden_states,
+            prefix_hidden_states=outputs.prefix_hidden_states if output_prefix_hidden_states else None,
+            slice_hidden_states=slice_hidden_states if output_prefix_hidden_states else None,
+            volume_hidden_states=volume_hidden_states if output_prefix_hidden_states else None,
             routing=CTMoERoutingOutput(
                 router_logits=outputs.router_logits if output_router_logits else None,
                 token_mask=outputs.token_mask,
                 task_logits=task_logits,
                 task_index=task_index,
+                slice_scores=slice_scores,
                 **losses,
             ),
         )
+
+    def _check_encoded(
+        self,
+        pixel_values: torch.Tensor | None,
+        prefix_hidden_states: torch.Tensor | None,
+        slice_hidden_states: torch.Tensor | None,
+        volume_hidden_states: torch.Tensor | None,
+    ) -> None:
+        if (pixel_values is None) == (prefix_hidden_states is None):
+            raise ModelError(
+                "pixel_values", "both or neither of pixel_values and prefix_hidden_states were given", "Give one"
+            )
+        # CODEPATH: TG-IS is off by default.
+        if pixel_values is None and self.config.slice_scoring == "tgis":
+            missing = {"slice_hidden_states": slice_hidden_states}
+            if self.volume_encoder is not None:
+                missing["volume_hidden_states"] = volume_hidden_states
+            for name, value in missing.items():
+                if value is None:
+                    raise ModelError(
+                        name,
+                        "missing beside prefix_hidden_states, for a model that scores slices",
+                        "Pass all that the earlier call returned with output_prefix_hidden_states=True",
+                    )
+
+    def _encode_slices(self, volume: dict[str, torch.Tensor | None], outputs: CTMoEVisionOutput) -> torch.Tensor:
+        """2D features `(V, S, N, D)`: the tower run slice by slice in every layer, without experts, as in the base."""
+        # CODEPATH: without volume layers (as beside a 3D encoder) the tower has run so already.
+        if not self.config.vision_config.volume_layers:
+            return outputs.last_hidden_state
+        volume = {**volume, "pixel_values": None}
+        prefix = outputs.slice_prefix_hidden_states
+        outputs = self.vision_tower(**volume, prefix_hidden_states=prefix, slicewise=True, return_dict=True)
+        return outputs.last_hidden_state
+
+    def _encode_volumes(self, pixel_values: torch.Tensor, slice_mask: torch.Tensor) -> torch.Tensor:
+        """3D features of the second encoder, `(V, depth, rows, columns, D)` without the class token."""
+        config = self.config.volume_encoder_config
+        tokens = self.volume_encoder(pixel_values, slice_mask, return_dict=True).last_hidden_state
+        return tokens[:, int(config.class_token) :].unflatten(1, (-1, *config.grid_size[1:]))
+
+    def _score_and_project(
+        self,
+        features: torch.Tensor,
+        slice_hidden_states: torch.Tensor,
+        volume_hidden_states: torch.Tensor | None,
+        guide: torch.Tensor | None,
+        slice_mask: torch.Tensor,
+    ) -> tuple[list[torch.Tensor], torch.Tensor]:
+        """TG-IS: per volume the 3D tokens and then the 2D tokens, weighted by the slice scores `(V, S)`."""
+        config = self.config
+        if volume_hidden_states is None:
+            cells, cell_mask = self._pool_tower(features, slice_mask)
+            slices_per_cell, projector = config.pool[0], self.multi_modal_projector
+        else:
+            encoder = config.volume_encoder_config
+            exists = slice_mask[:, :: encoder.patch_size[0]]  # padding comes last
+            cells, cell_mask = _pool_cells(volume_hidden_states, exists, encoder.pool)
+            slices_per_cell, projector = encoder.slices_per_cell, self.volume_projector
+        cells = projector(cells[cell_mask])  # (cells of all volumes, tokens per cell, D_text)
+        slices, _ = self._pool_tower(slice_hidden_states, slice_mask, [1, *config.pool[1:]])
+        slices = self.multi_modal_projector(slices[slice_mask])  # (slices of all volumes, tokens per slice, D_text)
+
+        num_volumes, num_slices = slice_mask.shape
+        cell_means = cells.new_zeros(*cell_mask.shape, cells.shape[-1])
+        cell_means[cell_mask] = cells.mean(dim=1)
+        slice_means = slices.new_zeros(*slice_mask.shape, slices.shape[-1])
+        slice_means[slice_mask] = slices.mean(dim=1)
+        cell_of_slice = torch.arange(num_slices, device=cells.device) // slices_per_cell
+        if guide is None:
+            guide = torch.zeros(num_volumes, config.vision_config.guide_size, device=cells.device)
+        scores = self.slice_scoring(cell_means[:, cell_of_slice], slice_means, guide, slice_mask)
+
+        weights = scores
+        # CODEPATH: dropout belongs to the published form.
+        if self.training and config.tgis_variant == "paper":
+            weights = nn.functional.dropout(scores, 0.1)
+        weights = weights[slice_mask].to(slices.dtype)
+        volume_of_slice = slice_mask.nonzero()[:, 0]
+        weighted = slices.new_zeros(num_volumes, *slices.shape[1:])
+        weighted = weighted.index_add(0, volume_of_slice, slices * weights[:, None, None])
+        per_volume = cells.split(cell_mask.sum(dim=1).tolist())
+        return [torch.cat([row.flatten(0, 1), own]) for row, own in zip(per_volume, weighted)], scores
 
     def _check_rows(
         self,
@@ -955,55 +1266,13 @@ class CTMoEModel(CTMoEPreTrainedModel):
         gate = torch.where(forced, torch.ones_like(chosen), 1 + (chosen - chosen.detach()))  # exactly 1 in value
         return logits, index, gate
 
-    def _routing_losses(
-        self,
-        outputs: CTMoEVisionOutput,
-        task_logits: torch.Tensor | None,
-        task_index: torch.Tensor | None,
-        has_guide: torch.Tensor | None,
-        task_ids: torch.Tensor,
-    ) -> dict[str, torch.Tensor]:
-        """The three losses of design section 2.3, each per volume over routed tokens and averaged over volumes."""
-        vision_config = self.config.vision_config
-        zero = outputs.last_hidden_state.new_zeros((), dtype=torch.float32)
-        balance_loss, z_loss, task_loss = zero, zero, zero
-        if outputs.router_logits is not None:
-            groups = split_router_logits(torch.stack(outputs.router_logits), vision_config)
-            for name, logits in groups.items():
-                token_mask = _tokens_of_group(name, outputs.token_mask, task_index)
-                balance, z = _token_router_losses(logits, token_mask, vision_config.num_experts_per_tok)
-                balance_loss, z_loss = balance_loss + balance, z_loss + z
-        if task_logits is not None:
-            labelled = task_ids >= 0
-            cross_entropy = nn.functional.cross_entropy(task_logits, task_ids.clamp(min=0), reduction="none")
-            task_loss = (cross_entropy * (has_guide & labelled)).mean()
-            # E * sum f_e P_e of a volume that went to one of the groups: f is 1 for that one.
-            top_probs = task_logits.softmax(dim=-1).amax(dim=-1)
-            balance_loss = balance_loss + (task_logits.shape[-1] * top_probs * (has_guide & ~labelled)).mean()
-        aux_loss = (
-            self.config.router_balance_coef * balance_loss
-            + self.config.router_z_coef * z_loss
-            + self.config.task_coef * task_loss
-        )
-        return {"aux_loss": aux_loss, "balance_loss": balance_loss, "z_loss": z_loss, "task_loss": task_loss}
-
-    def _pool_and_project(self, features: torch.Tensor, slice_mask: torch.Tensor | None) -> list[torch.Tensor]:
-        """`(V, S, N, D)` to one `(tokens, text_hidden_size)` per volume; partial cells average what exists."""
-        num_volumes, num_slices = features.shape[:2]
+    def _pool_tower(
+        self, features: torch.Tensor, slice_mask: torch.Tensor, pool: list[int] | None = None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """As `_pool_cells`, from the vision encoder's `(V, S, N, D)`; class tokens are left out."""
         grid = self.config.vision_config.grid_size
-        features = features[:, :, -(grid**2) :].unflatten(2, (grid, grid))  # class tokens left out
-        if slice_mask is None:
-            slice_mask = torch.ones(num_volumes, num_slices, dtype=torch.bool, device=features.device)
-        pool = self.config.pool
-        if any(step > 1 for step in pool):
-            exists = slice_mask[:, :, None, None, None].expand(-1, -1, grid, grid, 1).to(features.dtype)
-            count = _sum_cells(exists, pool)
-            features = _sum_cells(features * exists, pool) / count.clamp(min=1)
-            cell_mask = count[:, :, 0, 0, 0] > 0
-        else:
-            cell_mask = slice_mask
-        projected = self.multi_modal_projector(features[cell_mask].flatten(1, 2))  # (cells, rows * columns, D_text)
-        return [cells.flatten(0, 1) for cells in projected.split(cell_mask.sum(dim=1).tolist())]
+        features = features[:, :, -(grid**2) :].unflatten(2, (grid, grid))
+        return _pool_cells(features, slice_mask, pool or self.config.pool)
 
     def get_placeholder_mask(
         self, input_ids: torch.Tensor | None, inputs_embeds: torch.Tensor, image_features: list[torch.Tensor]
@@ -1044,7 +1313,7 @@ class CTMoEModel(CTMoEPreTrainedModel):
         past_key_values: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         mm_encoder_outputs: dict[str, CTMoEImageFeatures] | None = None,
-        output_router_logits: bool = False,
+        output_router_logits: bool | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple | CTMoEModelOutputWithPast:
         if (input_ids is None) == (inputs_embeds is None):
@@ -1150,7 +1419,7 @@ class CTMoEForConditionalGeneration(CTMoEPreTrainedModel, GenerationMixin):
         labels: torch.LongTensor | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         mm_encoder_outputs: dict[str, CTMoEImageFeatures] | None = None,
-        output_router_logits: bool = False,
+        output_router_logits: bool | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple | CTMoECausalLMOutputWithPast:
         outputs = self.model(
@@ -1193,55 +1462,20 @@ class CTMoEForConditionalGeneration(CTMoEPreTrainedModel, GenerationMixin):
         )
 
 
-def split_router_logits(logits: torch.Tensor, config: CTMoEVisionConfig) -> dict[str, torch.Tensor]:
-    """The last dimension of router logits, by group: `shared`, `task`. Groups of one expert have none."""
-    # CODEPATH: the ablation "task level only" has no shared group.
-    shared = config.num_experts if config.shared_group and config.num_experts > 1 else 0
-    parts = {"shared": logits[..., :shared], "task": logits[..., shared:]}
-    return {name: part for name, part in parts.items() if part.shape[-1]}
-
-
-def routing_statistics(routing: CTMoERoutingOutput, config: CTMoEVisionConfig) -> list[dict[str, torch.Tensor]]:
-    """Per MoE layer and group: expert load `(V, E)` and router entropy in nats `(V,)`, over the routed tokens.
-
-    A volume without a task group has zeros for it. `routing` must come from a call with `output_router_logits=True`.
-    """
-    statistics = []
-    for layer_logits in routing.router_logits or ():
-        layer = {}
-        for name, logits in split_router_logits(layer_logits, config).items():
-            mask = _tokens_of_group(name, routing.token_mask, routing.task_index).unsqueeze(-1)
-            tokens = mask.sum(dim=1).clamp(min=1)
-            probs = logits.softmax(dim=-1)
-            chosen = _chosen_experts(logits, config.num_experts_per_tok)
-            layer[f"{name}_load"] = (chosen * mask).sum(dim=1) / (tokens * config.num_experts_per_tok)
-            layer[f"{name}_entropy"] = (torch.special.entr(probs) * mask).sum(dim=(1, 2)) / tokens.squeeze(-1)
-        statistics.append(layer)
-    return statistics
-
-
-def _tokens_of_group(name: str, token_mask: torch.Tensor, task_index: torch.Tensor | None) -> torch.Tensor:
-    """`token_mask` without the tokens of volumes that took part in no task group."""
-    return token_mask if name == "shared" else token_mask & (task_index >= 0)[:, None]
-
-
-def _chosen_experts(logits: torch.Tensor, num_experts_per_tok: int) -> torch.Tensor:
-    """Float 0/1 tensor of the logits' shape: the experts that top-k takes."""
-    index = logits.topk(num_experts_per_tok, dim=-1).indices
-    return torch.zeros_like(logits).scatter_(-1, index, 1.0)
-
-
-def _token_router_losses(
-    logits: torch.Tensor, token_mask: torch.Tensor, num_experts_per_tok: int
+def _pool_cells(
+    features: torch.Tensor, slice_mask: torch.Tensor, pool: list[int]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Switch load balance `E * sum_e f_e P_e` and z-loss of `(layers, V, S * N, E)` logits, mean over layers and V."""
-    mask = token_mask.unsqueeze(-1)
-    tokens = mask.sum(dim=1).clamp(min=1)  # (V, 1); a volume without tokens in the group adds 0
-    load = (_chosen_experts(logits.detach(), num_experts_per_tok) * mask).sum(dim=2) / (tokens * num_experts_per_tok)
-    probs = (logits.softmax(dim=-1) * mask).sum(dim=2) / tokens
-    balance = logits.shape[-1] * (load * probs).sum(dim=-1)
-    z = (logits.logsumexp(dim=-1, keepdim=True).square() * mask).sum(dim=(2, 3)) / tokens.squeeze(-1)
-    return balance.mean(), z.mean()
+    """`(V, S, rows, columns, D)` and `(V, S)` to `(V, cells, tokens per cell, D)` and which cells exist `(V, cells)`.
+
+    A cell spans `pool[0]` slices; partial cells average what exists.
+    """
+    cell_mask = slice_mask
+    if any(step > 1 for step in pool):
+        exists = slice_mask[:, :, None, None, None].expand(*features.shape[:4], 1).to(features.dtype)
+        count = _sum_cells(exists, pool)
+        features = _sum_cells(features * exists, pool) / count.clamp(min=1)
+        cell_mask = count[:, :, 0, 0, 0] > 0
+    return features.flatten(2, 3), cell_mask
 
 
 def _sum_cells(grid: torch.Tensor, pool: list[int]) -> torch.Tensor:
@@ -1260,5 +1494,5 @@ __all__ = [
     "CTMoEModel",
     "CTMoEPreTrainedModel",
     "CTMoEVisionModel",
-    "routing_statistics",
+    "CTMoEVolumeEncoder",
 ]

@@ -25,7 +25,7 @@ from torch.utils.data import Dataset
 from transformers import GenerationConfig, Pipeline
 
 from .errors_ct_moe import ModelError, PromptError
-from .modeling_ct_moe import routing_statistics
+from .routing_ct_moe import routing_maps, routing_statistics
 from .volume_io_ct_moe import load_volume
 
 
@@ -61,10 +61,11 @@ class CTReportPipeline(Pipeline):
         question (`str`, *optional*): a question about the scan; without one a report is written.
         context (`str`, *optional*): indication, phase and the like; becomes part of the prompt.
         check, series, spacing: as in `load_volume`, for scans whose values, folder or file leave it open.
-        task (`str`, *optional*): name of the task whose experts serve the request. By default a report is sent to the
+        task (`str` or `int`, *optional*): name or index of the task whose experts serve the request. By default a report is sent to the
             task "report", if the model has one, and a question to the task that its text selects.
         batch_size (`int`, *optional*, defaults to 1): scans that go through the model together.
-        return_routing (`bool`, *optional*, defaults to `False`): adds `routing` to the result.
+        return_routing (`bool` or `"maps"`, *optional*, defaults to `False`): adds `routing` to the result; with "maps"
+            also, as arrays, which expert every patch went to.
         streamer (`BaseStreamer`, *optional*): receives the text as it is generated; one scan at a time.
         max_new_tokens, num_beams and every other generation parameter, also as `generate_kwargs`.
 
@@ -196,7 +197,8 @@ class CTReportPipeline(Pipeline):
         inputs = model_inputs.pop("inputs")
         text = {name: inputs.pop(name) for name in ("input_ids", "attention_mask")}
         # Encoded here and not inside generate, which keeps neither the task that was taken nor the routing.
-        features = self.model.get_image_features(**inputs, output_router_logits=return_routing, return_dict=True)
+        router_logits = bool(return_routing)
+        features = self.model.get_image_features(**inputs, output_router_logits=router_logits, return_dict=True)
         generate_kwargs = self._prepare_generate_kwargs(generate_kwargs or {}, return_dict_in_generate=False)
         generated = self.model.generate(**text, mm_encoder_outputs={"image": features}, **generate_kwargs)
         return {
@@ -205,7 +207,7 @@ class CTReportPipeline(Pipeline):
             "num_slices": inputs["slice_mask"].sum(dim=1),
             "volume_scale": inputs["volume_scale"],
             "task_index": features.routing.task_index,
-            "routing": self._describe_routing(features.routing) if return_routing else None,
+            "routing": self._describe_routing(features.routing, inputs, return_routing) if return_routing else None,
         }
 
     def postprocess(self, model_outputs: dict[str, Any]) -> list[dict[str, Any]]:
@@ -242,22 +244,39 @@ class CTReportPipeline(Pipeline):
             results.append(result)
         return results
 
-    def _describe_routing(self, routing) -> list[dict[str, Any]]:
-        """Per volume: task probabilities, and per MoE layer the expert loads and router entropies (nats)."""
+    def _describe_routing(self, routing, inputs, return_routing) -> list[dict[str, Any]]:
+        """Per volume: task probabilities, slice scores, and per MoE layer what `routing_statistics` says (nats)."""
         config = self.model.config
-        layers = routing_statistics(routing, config.vision_config)
+        vision = config.vision_config
+        statistics = routing_statistics(routing, vision)
+        maps = routing_maps(routing, vision) if return_routing == "maps" else None
         probs = None if routing.task_logits is None else routing.task_logits.softmax(dim=-1).tolist()
-        return [
-            {
-                "task_probabilities": None if probs is None else dict(zip(config.tasks, probs[row])),
-                "layers": [
-                    {"layer": layer, **{name: value[row].tolist() for name, value in statistics.items()}}
-                    for layer, statistics in zip(config.vision_config.moe_layers, layers)
-                ],
-                "notice": ROUTING_NOTICE,
-            }
-            for row in range(routing.token_mask.shape[0])
-        ]
+        described = []
+        for row, num_slices in enumerate(inputs["slice_mask"].sum(dim=1).tolist()):
+            scores = None if routing.slice_scores is None else routing.slice_scores[row, :num_slices].tolist()
+            layers = [
+                {"layer": layer, **{name: _numbers(value[row]) for name, value in values.items()}}
+                for layer, values in zip(vision.moe_layers, statistics)
+            ]
+            described.append(
+                {
+                    "task_probabilities": None if probs is None else dict(zip(config.tasks, probs[row])),
+                    "slice_scores": scores,
+                    "slice_positions_mm": (inputs["slice_positions"][row, :num_slices] / 1000).tolist(),
+                    "layers": layers,
+                    "notice": ROUTING_NOTICE,
+                }
+            )
+            if maps is not None:
+                described[-1]["maps"] = [
+                    {name: value[row, :num_slices].cpu().numpy() for name, value in layer.items()} for layer in maps
+                ]
+        return described
+
+
+def _numbers(value: torch.Tensor) -> float | list[float] | None:
+    """For JSON, which has no NaN."""
+    return None if value.isnan().any() else value.tolist()
 
 
 def check_words(**texts: str | None) -> None:

@@ -21,7 +21,7 @@ from transformers.image_utils import ImageInput
 from transformers.processing_utils import ProcessingKwargs, ProcessorMixin, Unpack
 from transformers.utils import auto_docstring
 
-from .configuration_ct_moe import num_pooled_cells
+from .configuration_ct_moe import num_visual_tokens
 from .errors_ct_moe import ModelError, PromptError
 
 
@@ -40,6 +40,8 @@ class CTMoEProcessor(ProcessorMixin):
         image_token: str = "<image>",
         pool: list[int] | tuple[int, ...] = (2, 2, 2),
         tasks: list[str] | tuple[str, ...] = (),
+        slice_scoring: str = "none",
+        volume_cell: list[int] | None = None,
         **kwargs,
     ):
         r"""
@@ -49,8 +51,15 @@ class CTMoEProcessor(ProcessorMixin):
             As in [`CTMoEConfig`]: it decides how many placeholders a volume takes.
         tasks (`list[str]`, *optional*):
             As in [`CTMoEConfig`]: the names `task=` may take.
+        slice_scoring (`str`, *optional*, defaults to `"none"`):
+            As in [`CTMoEConfig`]: `"tgis"` takes placeholders for the weighted 2D features as well.
+        volume_cell (`list[int]`, *optional*):
+            As in [`CTMoEConfig`]: (slices, tokens) of a second, 3D encoder, which gives `tokens` visual tokens for
+            every `slices` slices in place of the vision encoder.
         """
         self.pool = list(pool)
+        self.slice_scoring = slice_scoring
+        self.volume_cell = volume_cell
         self.tasks = list(tasks)
         self.image_token = image_token
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
@@ -70,7 +79,7 @@ class CTMoEProcessor(ProcessorMixin):
         images: ImageInput | None = None,
         text: str | list[str] | None = None,
         guide: str | list[str | None] | None = None,
-        task: str | list[str | None] | None = None,
+        task: str | int | list[str | int | None] | None = None,
         **kwargs: Unpack[ProcessingKwargs],
     ) -> BatchFeature:
         r"""
@@ -79,8 +88,9 @@ class CTMoEProcessor(ProcessorMixin):
         guide (`str` or `list[str]`, *optional*):
             Per text the words that steer the routing; `None` for none. `apply_chat_template` takes the last user
             message. Never the answer.
-        task (`str` or `list[str]`, *optional*):
-            Per text a name from `tasks` that decides the expert group; `None` leaves it to the guide.
+        task (`str`, `int` or a list of them, *optional*):
+            Per text a name from `tasks`, or its index there, that decides the expert group; `None` leaves it to the
+            guide.
 
         Returns:
             [`BatchFeature`] with the tokenizer's outputs and, for V volumes, those of [`CTMoEImageProcessor`],
@@ -113,13 +123,16 @@ class CTMoEProcessor(ProcessorMixin):
             conversation, chat_template=chat_template, processor_kwargs=processor_kwargs, **kwargs
         )
 
-    def task_id(self, task: str | None) -> int:
-        """Index of a task in `tasks`, -100 for `None`; PromptError for an unknown name."""
+    def task_id(self, task: str | int | None) -> int:
+        """Index of a task, given by name or index, in `tasks`; -100 for `None`; PromptError for an unknown one."""
         if task is None:
             return UNLABELLED
-        if task not in self.tasks:
-            raise PromptError("task", f"{task!r} is unknown", f"Choose one of {', '.join(self.tasks) or 'none'}")
-        return self.tasks.index(task)
+        if task in self.tasks:
+            return self.tasks.index(task)
+        if not isinstance(task, int) or task not in range(len(self.tasks)):
+            known = ", ".join(f"{name} ({index})" for index, name in enumerate(self.tasks))
+            raise PromptError("task", f"{task!r} is unknown", f"Choose one of {known or 'none'}")
+        return task
 
     def save_pretrained(self, *args, **kwargs):
         """As in the library, without what it leaves behind.
@@ -162,7 +175,8 @@ class CTMoEProcessor(ProcessorMixin):
     def replace_image_token(self, image_inputs: dict, image_idx: int, **kwargs) -> str:
         _, _, rows, columns = image_inputs["patch_mask"].shape
         num_slices = int(image_inputs["slice_mask"][image_idx].sum())
-        return self.image_token * num_pooled_cells((num_slices, rows, columns), self.pool)
+        shape = (num_slices, rows, columns)
+        return self.image_token * num_visual_tokens(shape, self.pool, self.slice_scoring, self.volume_cell)
 
     def _process_images(self, images, **kwargs) -> tuple[BatchFeature, list[str]]:
         processed = self.image_processor(images, **kwargs)
@@ -205,8 +219,8 @@ def last_user_text(messages: list[dict[str, Any]], image_token: str) -> str | No
     return text
 
 
-def _per_text(name: str, values: str | list[str | None] | None, text: list[str]) -> list[str | None]:
-    if values is None or isinstance(values, str):
+def _per_text(name: str, values: str | int | list[str | int | None] | None, text: list[str]) -> list[str | int | None]:
+    if values is None or isinstance(values, (str, int)):
         return [values] * len(text)
     if len(values) != len(text):
         raise PromptError(name, f"{len(values)} entries for {len(text)} texts", "Give one per text")

@@ -13,6 +13,7 @@
 # limitations under the License.
 """The losses beside the language loss, counted one token at a time, and what they may and may not train."""
 
+import itertools
 import math
 
 import pytest
@@ -20,10 +21,11 @@ import torch
 from slow_moe import slow_guide, slow_routed
 from tiny_model import one_volume, prompt_inputs, tiny_config, tiny_model, volume_inputs
 
-from ct_moe.modeling_ct_moe import routing_statistics
+from ct_moe.routing_ct_moe import routing_maps, routing_statistics
 
 
 LOSSES = ("balance_loss", "z_loss", "task_loss", "aux_loss")
+GROUPS = ("shared", "task")
 
 
 def mean(values) -> float:
@@ -228,7 +230,7 @@ def test_statistics_count_routed_tokens_of_the_groups_that_took_part():
     routed = slow_routed(inputs, 1)
     assert len(statistics) == 2
     for layer, logits in zip(statistics, routing.router_logits):
-        assert set(layer) == {"shared_load", "shared_entropy", "task_load", "task_entropy"}
+        assert set(layer) == {f"{group}_{name}" for group in GROUPS for name in ("load", "entropy", "agreement")}
         for volume in range(4):
             for name, part in (("shared", slice(0, 4)), ("task", slice(4, 8))):
                 load, entropy = [0.0] * 4, 0.0
@@ -242,6 +244,42 @@ def test_statistics_count_routed_tokens_of_the_groups_that_took_part():
                     entropy -= sum(p * math.log(p) for p in probs) / len(rows)
                 assert layer[f"{name}_load"][volume].tolist() == pytest.approx(load, abs=1e-5)
                 assert float(layer[f"{name}_entropy"][volume]) == pytest.approx(entropy, abs=1e-5)
+
+
+@pytest.mark.parametrize("k", [1, 2])
+@torch.no_grad()
+def test_agreement_and_maps_compare_each_patch_with_the_one_above_it(k):
+    model = tiny_model({"num_experts_per_tok": k})
+    inputs = batch(model.config)
+    routing = model.get_image_features(**inputs, output_router_logits=True).routing
+    vision = model.config.vision_config
+    statistics, maps = routing_statistics(routing, vision), routing_maps(routing, vision)
+    routed, per_slice = slow_routed(inputs, 1), vision.num_slice_tokens
+    pairs_seen = 0
+    for layer, pictures, logits in zip(statistics, maps, routing.router_logits):
+        for volume, (name, part) in itertools.product(range(4), (("shared", slice(0, 4)), ("task", slice(4, 8)))):
+            in_group = name == "shared" or routing.task_index[volume] >= 0
+            best = {}
+            for token, row in enumerate(logits[volume, :, part].tolist()):
+                place = (token // per_slice, token % per_slice - 1)  # slice and patch; -1 is the class token
+                if place[1] < 0:
+                    continue
+                keep = routed[volume][token] and in_group
+                first = max(range(4), key=lambda e: row[e]) if keep else -1
+                assert pictures[name][volume].flatten(1)[place] == first
+                if keep:
+                    best[place] = set(sorted(range(4), key=lambda e: -row[e])[:k])
+            common = [
+                len(experts & best[number + 1, patch]) / k
+                for (number, patch), experts in best.items()
+                if (number + 1, patch) in best
+            ]
+            pairs_seen += len(common)
+            if common:
+                assert float(layer[f"{name}_agreement"][volume]) == pytest.approx(mean(common), abs=1e-6)
+            else:
+                assert layer[f"{name}_agreement"][volume].isnan()
+    assert pairs_seen > 20
 
 
 def test_a_dense_model_has_no_routing_losses():
