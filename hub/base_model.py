@@ -14,11 +14,13 @@
 """The folder or Hub repository of a base: is it one that can be converted, and which tensors are in its files.
 
 - `open_base`: a folder or Hub id -> `Base`, refused by name if it is of an unsupported kind.
+- `open_source`: the same for whatever a config reader accepts.
 - `read_index`: every tensor of its safetensors files, none of them read.
 - `read_image_settings`, `read_chat_template`: what its processor would add to its tokenizer.
 """
 
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -79,22 +81,38 @@ class FileTensor(NamedTuple):
 
 
 def open_base(base: str | Path, revision: str | None) -> Base:
-    """Find a folder, or download a Hub repository: its weights last, once its config is known to be supported."""
-    if Path(base).is_dir():
+    """Find a base, or download it: the tokenizer as well."""
+    return Base(*open_source(base, revision, _read_config, ["*.json", "*.jinja", "tokenizer.model"]))
+
+
+def open_source(
+    source: str | Path, revision: str | None, read_config: Callable[[str | Path, Path], Any], patterns: list[str]
+) -> tuple[str, str | None, Path, Any]:
+    """Find a folder, or download a Hub repository: its weights last, once its config is known to be supported.
+
+    Args:
+        source: folder or Hub id.
+        revision: branch, tag or commit of a Hub repository.
+        read_config: gives the config of `source` in a folder, or raises.
+        patterns: what to download beside the weights.
+
+    Returns:
+        Name, commit (None for a folder), folder and config.
+    """
+    if Path(source).is_dir():
         if revision is not None:
-            raise ConversionError(base, f"a folder has no revision {revision!r}", "Leave out the revision")
-        folder = Path(base)
-        return Base(folder.resolve().name, None, folder, _read_config(base, folder))
+            raise ConversionError(source, f"a folder has no revision {revision!r}", "Leave out the revision")
+        folder = Path(source)
+        return folder.resolve().name, None, folder, read_config(source, folder)
 
     try:
-        validate_repo_id(str(base))
+        validate_repo_id(str(source))
     except HFValidationError as error:
-        raise ConversionError(base, "no such folder, and not a Hub id either", "Check the path") from error
-    patterns = ["*.json", "*.jinja", "tokenizer.model"]
-    folder = _download(base, revision, patterns)
-    config = _read_config(base, folder)
+        raise ConversionError(source, "no such folder, and not a Hub id either", "Check the path") from error
+    folder = _download(source, revision, patterns)
+    config = read_config(source, folder)
     commit = folder.name  # a snapshot's folder is named by its commit
-    return Base(str(base), commit, _download(base, commit, [*patterns, "model*.safetensors"]), config)
+    return str(source), commit, _download(source, commit, [*patterns, "model*.safetensors"]), config
 
 
 def read_index(folder: Path) -> dict[str, FileTensor]:
@@ -110,7 +128,8 @@ def read_index(folder: Path) -> dict[str, FileTensor]:
         raise ConversionError(
             folder,
             f"no model.safetensors and no model.safetensors.index.json{', but ' * bool(pickled)}{', '.join(pickled)}",
-            "Only safetensors are read: save other weights again with transformers if you trust them",
+            "Only safetensors are read: save other weights again if you trust them, with transformers or with "
+            'safetensors.torch.save_file(torch.load("FILE.bin", weights_only=True), "model.safetensors")',
         )
 
     tensors = {}
@@ -162,13 +181,21 @@ def read_chat_template(source: Base) -> str | None:
     return None
 
 
+def read_config_json(source: str | Path, folder: Path) -> dict[str, Any]:
+    path = folder / "config.json"
+    if not path.is_file():
+        found = "adapter weights only" if (folder / "adapter_config.json").is_file() else "no config.json"
+        raise ConversionError(source, f"has {found}", "Name the folder of a whole model in the library's format")
+    return read_json(path)
+
+
 def read_json(path: Path) -> dict[str, Any]:
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        raise ConversionError(path, f"not JSON: {error}", "Download the base again") from error
+        raise ConversionError(path, f"not JSON: {error}", "Download it again") from error
     if not isinstance(content, dict):
-        raise ConversionError(path, "not a JSON object", "Download the base again")
+        raise ConversionError(path, "not a JSON object", "Download it again")
     return content
 
 
@@ -189,11 +216,7 @@ def _download(repo_id: str | Path, revision: str | None, patterns: list[str]) ->
 
 
 def _read_config(base: str | Path, folder: Path) -> LlavaConfig:
-    path = folder / "config.json"
-    if not path.is_file():
-        found = "adapter weights only" if (folder / "adapter_config.json").is_file() else "no config.json"
-        raise ConversionError(base, f"has {found}", "Name the folder of a whole model in the library's format")
-    raw = read_json(path)
+    path, raw = folder / "config.json", read_config_json(base, folder)
     # Looked up before the library reads them: it knows no more than the name of a model type it does not have.
     kinds = {
         "model_type": (raw.get("model_type"), ["llava"]),

@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""The command line: `ct-moe convert`, `report`, `view`, `inspect` and `tiny-base`.
+"""The command line: `ct-moe convert`, `report`, `view`, `inspect`, `tasks` and `tiny-base`.
 
 Every command imports what it needs when it runs, so that `--help` answers at once. Bad input ends in one line on
 stderr and exit code 1; wrong usage in exit code 2.
@@ -90,6 +90,11 @@ def convert(
         Literal["paper_like", "med_2e3"] | None,
         typer.Option(help="Settings nearest to the paper's, or those of Med-2E3 (a second, 3D encoder and TG-IS)."),
     ] = None,
+    volume_encoder: Annotated[
+        str | None,
+        typer.Option(help="Folder or Hub id of M3D-CLIP, whose weights the 3D encoder of med_2e3 gets."),
+    ] = None,
+    volume_encoder_revision: RevisionOption = None,
     setting: Annotated[
         list[str] | None,
         typer.Option("--set", help="Config field as NAME=JSON, e.g. --set num_experts=8 --set 'tasks=[\"report\"]'."),
@@ -102,6 +107,7 @@ def convert(
         settings = _settings(setting or [])
         if chat_template is not None:
             settings["chat_template"] = _read_text(chat_template)
+        settings |= {"volume_encoder": volume_encoder, "volume_encoder_revision": volume_encoder_revision}
         print(convert_base(base, out, revision=revision, dtype=dtype, parity=parity, preset=preset, **settings))
     print(
         f"Wrote {out}. It was never trained on CT: take none of its reports seriously before it is. "
@@ -115,10 +121,13 @@ def report(
     model: ModelOption,
     question: Annotated[str | None, typer.Option(help="Ask this instead of writing a report.")] = None,
     context: Annotated[str | None, typer.Option(help="Indication, contrast phase and the like.")] = None,
-    task: Annotated[str | None, typer.Option(help="Task whose experts serve the request.")] = None,
+    task: Annotated[str | None, typer.Option(help="Task whose experts serve the request: name or number.")] = None,
     out: Annotated[Path | None, typer.Option(help="Also write one JSON object per scan to this new file.")] = None,
     stream: Annotated[bool, typer.Option("--stream", help="Print the text as it is generated.")] = False,
-    routing: Annotated[bool, typer.Option("--routing", help="Add the routing to the records.")] = False,
+    routing: Annotated[
+        Path | None,
+        typer.Option(help="Draw per scan what the experts did into this new folder, and add it to the records."),
+    ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 512,
     batch_size: Annotated[int, typer.Option(min=1, help="Scans that go through the model together.")] = 1,
     series: SeriesOption = None,
@@ -141,17 +150,17 @@ def report(
         if stream and batch_size > 1:
             raise CTMoEError("--stream", "cannot follow several texts at once", "Leave out --batch-size")
         check_words(question=question, context=context)  # and the output file: before the weights are read
-        if out is not None and (out.exists() or not out.parent.is_dir()):
-            found = "exists" if out.exists() else "is in no existing folder"
-            raise CTMoEError(str(out), found, "Name a new file in a folder that exists")
+        for new in (out, routing):
+            if new is not None and (new.exists() or not new.parent.is_dir()):
+                found = "exists" if new.exists() else "is in no existing folder"
+                raise CTMoEError(str(new), found, "Name a new one in a folder that exists")
         reporter = open_reporter(model, revision=revision, device=device, dtype=dtype)
-        call = {"question": question, "context": context, "task": task, "max_new_tokens": max_new_tokens}
-        if routing:
-            call["return_routing"] = True
+        chosen = int(task) if task is not None and task.isdecimal() else task
+        call = {"question": question, "context": context, "task": chosen, "max_new_tokens": max_new_tokens}
         if stream:
             call["streamer"] = TextStreamer(reporter.processor.tokenizer, skip_prompt=True, skip_special_tokens=True)
         load = {"check": check, **_series(series)}
-        records = report_scans(reporter, scans, load=load, batch_size=batch_size, **call)
+        records = report_scans(reporter, scans, load=load, batch_size=batch_size, pictures=routing, **call)
         if out is not None:
             records = write_jsonl(records, out)
         failed = 0
@@ -218,6 +227,36 @@ def inspect(
         raise typer.Exit(1)
 
 
+@app.command()
+def tasks(
+    model: Annotated[str, typer.Argument(help="Folder made by `ct-moe convert`, or a Hub id.")],
+    add: Annotated[
+        list[str] | None, typer.Option(help="Task to add: NAME, or NAME=TASK to start from a copy of TASK.")
+    ] = None,
+    remove: Annotated[list[str] | None, typer.Option(help="Task to remove.")] = None,
+    rename: Annotated[list[str] | None, typer.Option(help="OLD=NEW.")] = None,
+    out: Annotated[Path | None, typer.Option(help="New folder for the changed model.")] = None,
+    revision: RevisionOption = None,
+) -> None:
+    """List the tasks of a model; or rename, remove and add some (in this order), all other weights untouched."""
+    with _quiet_libraries():
+        from ct_moe.hub.tasks import edit_tasks, list_tasks
+
+        changed = bool(add or remove or rename)
+        if changed != (out is not None):
+            remedy = "Name a new folder with the changes: the model itself is not changed"
+            raise CTMoEError("--out", "missing" if changed else "nothing to write", remedy)
+        if changed:
+            renamed = [_pair(pair, "--rename", "OLD=NEW") for pair in rename or []]
+            added = [tuple(pair.split("=", 1)) if "=" in pair else (pair, None) for pair in add or []]
+            names = edit_tasks(model, out, rename=renamed, remove=remove or [], add=added, revision=revision)
+        else:
+            names = list_tasks(model, revision)
+    print("\n".join(f"{index} {name}" for index, name in enumerate(names)) or "no tasks")
+    if out is not None:
+        print(f"Wrote {out}")
+
+
 @app.command("tiny-base")
 def tiny_base(
     out: Annotated[Path, typer.Argument(help="New folder for the base.")],
@@ -265,14 +304,19 @@ def _series(series: str | None) -> dict:
 def _settings(pairs: list[str]) -> dict:
     settings = {}
     for pair in pairs:
-        name, separator, value = pair.partition("=")
-        if not separator:
-            raise CTMoEError("--set", f"{pair!r} has no =", "Write NAME=JSON, e.g. num_experts=8")
+        name, value = _pair(pair, "--set", "NAME=JSON, e.g. num_experts=8")
         try:
             settings[name.strip()] = json.loads(value)
         except json.JSONDecodeError:
             settings[name.strip()] = value  # a bare word is a string: --set guide_interaction=bias
     return settings
+
+
+def _pair(text: str, option: str, form: str) -> tuple[str, str]:
+    name, separator, value = text.partition("=")
+    if not separator:
+        raise CTMoEError(option, f"{text!r} has no =", f"Write {form}")
+    return name, value
 
 
 @contextmanager

@@ -63,6 +63,7 @@ from .base_model import (
 from .chat_template import fit_chat_template
 from .folder import new_folder, write_folder
 from .tensor_mapping import TOWERS, TensorPlan, plan_tensors
+from .volume_encoder import VolumeEncoderReport, add_encoder_config, open_volume_encoder, read_volume_encoder
 
 
 PARITY_LIMIT = 1e-5  # largest absolute difference of two float32 logits, design section 2.2
@@ -93,6 +94,7 @@ class ConversionReport:
         unread_names: each of them with the reason.
         added: parameters the base does not have.
         added_names: their names, by the part of the model they belong to.
+        volume_encoder: what became of the weights of a second, 3D encoder, None without them.
         chat_template: what had to be done to the base's chat template.
         parity: None when it was not measured.
         versions: of the packages that did the work.
@@ -107,6 +109,7 @@ class ConversionReport:
     unread_names: dict[str, str]
     added: TensorCount
     added_names: dict[str, list[str]]
+    volume_encoder: VolumeEncoderReport | None
     chat_template: str
     parity: Parity | None
     versions: dict[str, str]
@@ -127,6 +130,7 @@ class ConversionReport:
             *(f"    {count:>3} {reason}" for reason, count in reasons.items()),
             f"  added  {self.added}",
             *(f"    {len(names):>3} {group}" for group, names in self.added_names.items()),
+            *([] if self.volume_encoder is None else [str(self.volume_encoder)]),
             f"  chat template: {self.chat_template}",
         ]
         if self.parity is None:
@@ -151,6 +155,8 @@ def convert_base(
     progress: bool = True,
     chat_template: str | None = None,
     preset: Literal["paper_like", "med_2e3"] | None = None,
+    volume_encoder: str | Path | None = None,
+    volume_encoder_revision: str | None = None,
     **ct_moe_overrides,
 ) -> ConversionReport:
     """Convert a 2D multimodal base into a CT-MoE model, and leave nothing behind on any error.
@@ -167,6 +173,9 @@ def convert_base(
         chat_template: Jinja template in place of the base's own.
         preset: `"paper_like"` or `"med_2e3"` for the settings of that name in `configuration_ct_moe`; overrides come
             on top.
+        volume_encoder: folder or Hub id of M3D-CLIP, or of an encoder in its format, whose weights the 3D encoder gets
+            and whose geometry `volume_encoder_config` takes over; without it a 3D encoder starts from random weights.
+        volume_encoder_revision: branch, tag or commit of its Hub repository.
         **ct_moe_overrides: fields of `CTMoEConfig` and `CTMoEVisionConfig` that the base does not determine, such as
             `tasks`, `pool`, `num_experts` or `volume_layers`.
 
@@ -174,8 +183,9 @@ def convert_base(
         The report, also written as `conversion_report.json`.
 
     Raises:
-        ConversionError: the base is missing, incomplete or not supported, a tensor fits nowhere or is not filled, or
-            the converted model's logits differ from the base's by more than 1e-5.
+        ConversionError: the base or the encoder is missing, incomplete or not supported, a tensor fits nowhere or is
+            not filled, an override contradicts the encoder's weights, or the converted model's logits differ from the
+            base's by more than 1e-5.
         ModelError: `out` holds something, or an override is out of range.
     """
     dtype = _as_dtype(dtype)
@@ -188,6 +198,12 @@ def convert_base(
             ct_moe_overrides = {**med_2e3(), **ct_moe_overrides}
         elif preset is not None:
             raise ConversionError("preset", f"{preset!r} is unknown", 'Use "paper_like", "med_2e3", or none')
+        if volume_encoder is None and volume_encoder_revision is not None:
+            raise ConversionError("volume_encoder_revision", "given without a volume_encoder", "Name the encoder too")
+        if volume_encoder is not None:
+            step("reading the 3D encoder")
+            encoder = open_volume_encoder(volume_encoder, volume_encoder_revision)
+            ct_moe_overrides = add_encoder_config(ct_moe_overrides, encoder)
         config = _make_config(source.config, ct_moe_overrides)
         processor, template_note = _make_processor(source, config, chat_template)
 
@@ -196,7 +212,15 @@ def convert_base(
         plan = plan_tensors({key: tensor.shape for key, tensor in tensors.items()}, config, source.config)
         dtype = dtype or reduce(torch.promote_types, {tensors[key].dtype for key in plan.reused})
         _check_tied(plan, tensors)
-        model = _build_model(plan, tensors, config, dtype)
+        filled, encoder_report = {}, None
+        if volume_encoder is not None:
+            images = processor.image_processor
+            weights, encoder_report = read_volume_encoder(
+                encoder, config.volume_encoder_config, images.image_mean, images.image_std
+            )
+            filled = {f"model.volume_encoder.{name}": weight for name, weight in weights.items()}
+            plan = _without(plan, filled)
+        model = _build_model(plan, tensors, config, dtype, filled)
         model.generation_config = _generation_config(source)
 
         step("writing the model")
@@ -226,6 +250,7 @@ def convert_base(
             unread_names=plan.unread,
             added=_total(added.values()),
             added_names=plan.added,
+            volume_encoder=encoder_report,
             chat_template=template_note,
             parity=measured,
             versions={
@@ -329,11 +354,22 @@ def _check_tied(plan: TensorPlan, tensors: dict[str, FileTensor]) -> None:
         )
 
 
+def _without(plan: TensorPlan, filled: dict[str, torch.Tensor]) -> TensorPlan:
+    """The plan with fewer added parameters: those that another model's weights fill."""
+    added = {group: [name for name in names if name not in filled] for group, names in plan.added.items()}
+    return plan._replace(added={group: names for group, names in added.items() if names})
+
+
 def _build_model(
-    plan: TensorPlan, tensors: dict[str, FileTensor], config: CTMoEConfig, dtype: torch.dtype
+    plan: TensorPlan,
+    tensors: dict[str, FileTensor],
+    config: CTMoEConfig,
+    dtype: torch.dtype,
+    filled: dict[str, torch.Tensor],
 ) -> CTMoEForConditionalGeneration:
-    """The model with the base's tensors, still memory-mapped unless the dtype changes, and its added parameters."""
-    state_dict = {}
+    """The model with the base's tensors, still memory-mapped unless the dtype changes, those `filled` otherwise, and
+    its added parameters."""
+    state_dict = dict(filled)
     for file in sorted({tensors[key].file for key in plan.reused}):
         with safe_open(file, "pt") as weights:
             for key in weights.keys():

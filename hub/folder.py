@@ -14,6 +14,7 @@
 """Model folders: all that AutoModel, AutoProcessor and the pipeline need, written whole or not at all.
 
 - `check_model`: is there a CT-MoE model in a folder or Hub repository?
+- `load_folder`: the model and its processor.
 - `save_folder`: a model and its processor -> a complete folder.
 - `write_folder`: the same into a folder that exists, for callers that add files of their own.
 - `new_folder`: a folder that appears under its name only when the block that fills it has succeeded.
@@ -27,23 +28,20 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 from transformers import PreTrainedConfig
 from transformers.utils.hub import resolve_revision
 
 import ct_moe
-from ct_moe.errors_ct_moe import ModelError
+from ct_moe.configuration_ct_moe import AUTO_MAP
+from ct_moe.errors_ct_moe import CTMoEError, ModelError
 
 
 if TYPE_CHECKING:
     from ct_moe import CTMoEForConditionalGeneration, CTMoEProcessor
 
 
-# `register_for_auto_class` takes one name per class, and AutoModel must give the class that can generate.
-_CONFIG_AUTO_MAP = {
-    "AutoConfig": "configuration_ct_moe.CTMoEConfig",
-    "AutoModel": "modeling_ct_moe.CTMoEForConditionalGeneration",
-    "AutoModelForImageTextToText": "modeling_ct_moe.CTMoEForConditionalGeneration",
-}
 _IMAGE_PROCESSOR_AUTO_MAP = {"AutoImageProcessor": "image_processing_ct_moe.CTMoEImageProcessor"}
 _PROCESSOR_AUTO_MAP = {"AutoProcessor": "processing_ct_moe.CTMoEProcessor"}
 
@@ -78,6 +76,38 @@ def check_model(model: str, revision: str | None = None) -> str | None:
     return revision
 
 
+def load_folder(
+    model: str, *, revision: str | None = None, dtype: str = "auto"
+) -> "tuple[CTMoEForConditionalGeneration, CTMoEProcessor, str | None]":
+    """Load a CT-MoE model in eval mode, its processor, and say which commit of a Hub repository they are.
+
+    Args:
+        model: folder or Hub id.
+        revision: branch, tag or commit of a Hub repository.
+        dtype: `"auto"` (the dtype on disk), `"float32"`, `"bfloat16"` or `"float16"`.
+
+    Raises:
+        ModelError: there is no CT-MoE model, or it is incomplete or damaged.
+    """
+    if dtype not in ("auto", "float32", "bfloat16", "float16"):
+        raise ModelError("dtype", f"{dtype!r} cannot be used", "Use auto, float32, bfloat16 or float16")
+    revision = check_model(model, revision)
+    try:
+        processor = ct_moe.CTMoEProcessor.from_pretrained(model, revision=revision)
+        network, loading = ct_moe.CTMoEForConditionalGeneration.from_pretrained(
+            model, revision=revision, dtype=dtype, output_loading_info=True
+        )
+    except CTMoEError:
+        raise
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError, StrictDataclassError) as error:
+        finding = " ".join(str(error).split())[:300].rstrip(".") or type(error).__name__
+        raise ModelError(model, finding, "Check the folder or Hub id, and that all its files are complete") from error
+    if missing := sorted(loading["missing_keys"]):  # the library would fill them with random numbers
+        finding = f"{len(missing)} tensors are missing, the first is {missing[0]}"
+        raise ModelError(model, finding, "Copy or download the weights again")
+    return network.eval(), processor, getattr(revision, "resolved", revision)
+
+
 def save_folder(model: "CTMoEForConditionalGeneration", processor: "CTMoEProcessor", out: str | Path) -> Path:
     """Write a folder from which every Auto class and `pipeline("ct-report")` load without this package.
 
@@ -90,8 +120,14 @@ def save_folder(model: "CTMoEForConditionalGeneration", processor: "CTMoEProcess
         `out`.
 
     Raises:
-        ModelError: `out` holds something already.
+        ModelError: `out` holds something already, or model and processor name different tasks.
     """
+    if processor.tasks != model.config.tasks:
+        raise ModelError(
+            "tasks",
+            f"the processor names {processor.tasks}, the model {model.config.tasks}",
+            "Set processor.tasks = model.config.tasks",
+        )
     with new_folder(out) as folder:
         write_folder(model, processor, folder)
     return Path(out)
@@ -99,7 +135,7 @@ def save_folder(model: "CTMoEForConditionalGeneration", processor: "CTMoEProcess
 
 def write_folder(model: "CTMoEForConditionalGeneration", processor: "CTMoEProcessor", folder: Path) -> None:
     """Write weights, configs, tokenizer, chat template and the code that runs them into the existing `folder`."""
-    model.config.auto_map = dict(_CONFIG_AUTO_MAP)
+    model.config.auto_map = dict(AUTO_MAP)  # one that was loaded from the Hub names its repository
     processor.auto_map = dict(_PROCESSOR_AUTO_MAP)
     processor.image_processor.auto_map = dict(_IMAGE_PROCESSOR_AUTO_MAP)
     model.save_pretrained(folder, max_shard_size="5GB")

@@ -20,24 +20,16 @@
 
 import json
 from collections.abc import Iterable, Iterator
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError
 
-from ct_moe import (
-    CTMoEError,
-    CTMoEForConditionalGeneration,
-    CTMoEProcessor,
-    CTReportPipeline,
-    ModelError,
-    VolumeError,
-    load_volume,
-)
+from ct_moe import CTMoEError, CTReportPipeline, ModelError, VolumeError, load_volume
 
-from .folder import check_model
+from .folder import load_folder
+from .routing_picture import draw_routing
 
 
 def open_reporter(
@@ -54,28 +46,12 @@ def open_reporter(
     Raises:
         ModelError: there is no CT-MoE model, or it is incomplete or damaged.
     """
-    if dtype not in ("auto", "float32", "bfloat16", "float16"):
-        raise ModelError("dtype", f"{dtype!r} cannot be used", "Use auto, float32, bfloat16 or float16")
-    revision = check_model(model, revision)
-    try:
-        processor = CTMoEProcessor.from_pretrained(model, revision=revision)
-        if processor.chat_template is None:
-            raise ModelError(model, "no chat template", "Copy chat_template.jinja of the original folder into it")
-        network, loading = CTMoEForConditionalGeneration.from_pretrained(
-            model, revision=revision, dtype=dtype, output_loading_info=True
-        )
-        if missing := sorted(loading["missing_keys"]):  # the library would fill them with random numbers
-            finding = f"{len(missing)} tensors are missing, the first is {missing[0]}"
-            raise ModelError(model, finding, "Copy or download the weights again")
-        commit = getattr(revision, "resolved", revision)
-        return CTReportPipeline(
-            model=network.eval(), processor=processor, task="ct-report", device=_device(device), revision=commit
-        )
-    except CTMoEError:
-        raise
-    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError, StrictDataclassError) as error:
-        finding = " ".join(str(error).split())[:300].rstrip(".") or type(error).__name__
-        raise ModelError(model, finding, "Check the folder or Hub id, and that all its files are complete") from error
+    network, processor, revision = load_folder(model, revision=revision, dtype=dtype)
+    if processor.chat_template is None:
+        raise ModelError(model, "no chat template", "Copy chat_template.jinja of the original folder into it")
+    return CTReportPipeline(
+        model=network, processor=processor, task="ct-report", device=_device(device), revision=revision
+    )
 
 
 def report_scans(
@@ -84,6 +60,7 @@ def report_scans(
     *,
     load: dict[str, Any] | None = None,
     batch_size: int = 1,
+    pictures: Path | None = None,
     **call,
 ) -> Iterator[dict[str, Any]]:
     """Yield one record per scan, in order: the pipeline's result, or `scan` and `error` for a scan that failed.
@@ -93,10 +70,20 @@ def report_scans(
         scans: paths.
         load: arguments of `load_volume`, such as `check` and `series`.
         batch_size: scans that go through the model together.
+        pictures: new folder for a routing picture of every scan, `scan-0001.png` and so on. Records then have
+            `routing`, and the picture's file as `routing_picture`.
         **call: the pipeline's call arguments.
     """
+    if pictures is not None:
+        call["return_routing"] = "maps"
     # A wrong question or setting fails before the first scan is read, and not once per scan.
     reporter._sanitize_parameters(**call)
+    if pictures is not None:
+        try:
+            pictures.mkdir()
+        except OSError as error:
+            raise ModelError(str(pictures), f"cannot be made ({error.strerror})", "Name a new folder") from error
+    numbers = count(1)
     batch: list[tuple[str, Any]] = []
     image_processor = reporter.processor.image_processor
     load = {"intensity": image_processor.intensity, "reorient": image_processor.reorient, **(load or {})}
@@ -107,9 +94,9 @@ def report_scans(
             volume = error
         batch.append((scan, volume))
         if len(batch) == batch_size:
-            yield from _run(reporter, batch, call)
+            yield from _run(reporter, batch, call, pictures, numbers)
             batch = []
-    yield from _run(reporter, batch, call)
+    yield from _run(reporter, batch, call, pictures, numbers)
 
 
 def write_jsonl(records: Iterable[dict[str, Any]], out: str | Path) -> Iterator[dict[str, Any]]:
@@ -149,7 +136,9 @@ def write_jsonl(records: Iterable[dict[str, Any]], out: str | Path) -> Iterator[
     part.replace(out)
 
 
-def _run(reporter: CTReportPipeline, batch: list[tuple[str, Any]], call: dict) -> Iterator[dict[str, Any]]:
+def _run(
+    reporter: CTReportPipeline, batch: list[tuple[str, Any]], call: dict, pictures: Path | None, numbers: Iterator[int]
+) -> Iterator[dict[str, Any]]:
     good = [volume for _, volume in batch if not isinstance(volume, CTMoEError)]
     try:
         results = reporter(good, batch_size=max(1, len(good)), **call)
@@ -157,11 +146,27 @@ def _run(reporter: CTReportPipeline, batch: list[tuple[str, Any]], call: dict) -
         results = [_run_one(reporter, volume, call) for volume in good]  # one of them is bad, the others are not
     remaining = iter(results)
     for scan, volume in batch:
+        number = next(numbers)
         result = volume if isinstance(volume, CTMoEError) else next(remaining)
+        if pictures is not None and isinstance(result, dict):
+            result = _with_picture(result, volume, reporter, pictures / f"scan-{number:04}.png")
         if isinstance(result, Exception):
             yield {"scan": scan, "error": str(result) if str(result).startswith(scan) else f"{scan}: {result}"}
         else:
             yield {**result, "scan": scan}
+
+
+def _with_picture(
+    result: dict[str, Any], volume: Any, reporter: CTReportPipeline, file: Path
+) -> dict[str, Any] | CTMoEError:
+    """Draws the routing of a result, and takes the maps of it that no JSON could hold."""
+    routing = {**result["routing"], "task": result["task"]}
+    try:
+        draw_routing(volume, reporter.processor.image_processor, routing, file)
+    except CTMoEError as error:
+        return error
+    routing.pop("maps")
+    return {**result, "routing": routing, "routing_picture": str(file)}
 
 
 def _run_one(reporter: CTReportPipeline, volume: Any, call: dict) -> dict[str, Any] | CTMoEError:

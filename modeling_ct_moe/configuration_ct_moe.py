@@ -24,6 +24,12 @@ from .errors_ct_moe import ModelError
 
 
 FORMAT_VERSION = 1
+# One class can be registered under one name only, so the second name of the model is written out.
+AUTO_MAP = {
+    "AutoConfig": "configuration_ct_moe.CTMoEConfig",
+    "AutoModel": "modeling_ct_moe.CTMoEForConditionalGeneration",
+    "AutoModelForImageTextToText": "modeling_ct_moe.CTMoEForConditionalGeneration",
+}
 
 
 @auto_docstring(custom_intro="Configuration of [`CTMoEVisionModel`]: the base's ViT and what makes it read volumes.")
@@ -376,8 +382,8 @@ class CTMoEConfig(PreTrainedConfig):
             )
         if self.tasks is None:
             self.tasks = ["report", "vqa_closed", "vqa_open"]
-        if len(set(self.tasks)) != len(self.tasks):
-            raise ModelError("tasks", f"{self.tasks} names a task twice", "Give every task one name")
+        if len(set(self.tasks)) != len(self.tasks) or not all(name.strip() for name in self.tasks):
+            raise ModelError("tasks", f"{self.tasks} repeats a name or has an empty one", "Give every task one name")
         self.pool = list(self.pool)
         if len(self.pool) != 3 or min(self.pool) < 1:
             raise ModelError("pool", f"{self.pool} is not three positive numbers", "Use (2, 2, 2), or (1, 1, 1)")
@@ -391,15 +397,16 @@ class CTMoEConfig(PreTrainedConfig):
                 "False without tasks leaves the MoE layers without a single expert",
                 "Name tasks, keep the shared group, or set moe_layers = [] for a dense model",
             )
-        # One class can be registered under one name only, so the second name of the model is written out here.
-        self.auto_map = {
-            "AutoConfig": "configuration_ct_moe.CTMoEConfig",
-            "AutoModel": "modeling_ct_moe.CTMoEForConditionalGeneration",
-            "AutoModelForImageTextToText": "modeling_ct_moe.CTMoEForConditionalGeneration",
-            **(getattr(self, "auto_map", None) or {}),
-        }
+        self.auto_map = {**AUTO_MAP, **(getattr(self, "auto_map", None) or {})}
         if not self.tie_word_embeddings and self.text_config.tie_word_embeddings:
             self.tie_word_embeddings = True  # saved in the text config by many bases
+
+    @property
+    def reads_prompt(self) -> bool:
+        """Whether anything depends on the guide: the token routers, the choice of a task group or TG-IS."""
+        vision = self.vision_config
+        steers_experts = bool(vision.moe_layers) and (vision.guide_interaction != "none" or vision.num_tasks > 0)
+        return steers_experts or self.slice_scoring == "tgis"
 
     @property
     def volume_cell(self) -> list[int] | None:

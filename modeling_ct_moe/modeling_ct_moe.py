@@ -1017,22 +1017,79 @@ class CTMoEModel(CTMoEPreTrainedModel):
         self.multi_modal_projector = CTMoEMultiModalProjector(config)
         self.language_model = AutoModel.from_config(config.text_config)
         vision_config = config.vision_config
-        scores_slices = config.slice_scoring == "tgis"
-        routed_by_text = bool(vision_config.moe_layers) and (
-            vision_config.guide_interaction != "none" or vision_config.num_tasks > 0
-        )
         # CODEPATH: TG-IS is off by default.
-        self.slice_scoring = CTMoESliceScoring(config) if scores_slices else None
+        self.slice_scoring = CTMoESliceScoring(config) if config.slice_scoring == "tgis" else None
         self.volume_encoder = self.volume_projector = None
         # CODEPATH: the dual-encoder system of Med-2E3.
         if config.volume_encoder_config is not None:
             self.volume_encoder = CTMoEVolumeEncoder._from_config(config.volume_encoder_config)
             self.volume_projector = CTMoEMultiModalProjector(config, config.volume_encoder_config.hidden_size)
         # CODEPATH: the dense ablation, and token-level experts without guide, read no prompt.
-        self.guide_encoder = CTMoEGuideEncoder(config) if routed_by_text or scores_slices else None
+        self.guide_encoder = CTMoEGuideEncoder(config) if config.reads_prompt else None
         # CODEPATH: the dense and the token-level ablations have no task groups.
         self.task_router = CTMoETaskRouter(config) if vision_config.moe_layers and vision_config.num_tasks else None
         self.post_init()
+
+    @torch.no_grad()
+    def regroup_tasks(self, tasks: list[str], sources: list[int | None]) -> None:
+        """Makes `tasks` the tasks of the model: group i copies the present group `sources[i]`, or is new (`None`)."""
+        CTMoEConfig(**{**self.config.to_dict(), "tasks": tasks})  # refuses what cannot be, before anything changes
+        if any(parameter.is_meta for parameter in self.parameters()):
+            raise ModelError("tasks", "weights of the model are offloaded", "Load it without a device_map")
+        vision_config = self.vision_tower.config
+        self.config.tasks = list(tasks)
+        self.config.vision_config.num_tasks = vision_config.num_tasks = len(tasks)
+        shared_experts = vision_config.num_experts * int(vision_config.shared_group)
+        for layer in self.vision_tower.layers:
+            if layer.moe is None:
+                continue
+            moe = self._like(layer.moe, CTMoETextGuidedMoE(vision_config))
+            old = dict(layer.moe.named_parameters())
+            for name, parameter in moe.named_parameters():
+                if name in old:
+                    # All experts of a layer are numbered through; routers have a row per group.
+                    first, step = 0, 1
+                    if name.startswith("experts."):
+                        first, step = shared_experts, vision_config.num_task_experts
+                    elif name.startswith("shared_router."):
+                        first = len(parameter)
+                    _copy_groups(old[name], parameter, first, step, sources)
+            layer.moe = moe
+        self.task_router = self._regrouped_task_router(sources)
+        # CODEPATH: models whose experts listen to no prompt have no guide.
+        if not self.config.reads_prompt:
+            self.guide_encoder = None
+        elif self.guide_encoder is None:
+            self.guide_encoder = self._like(self.multi_modal_projector, CTMoEGuideEncoder(self.config))
+
+    def _regrouped_task_router(self, sources: list[int | None]) -> "CTMoETaskRouter | None":
+        # CODEPATH: the dense and the token-level ablations have no task groups.
+        if not self.config.vision_config.moe_layers or not sources:
+            return None
+        old = self.task_router
+        router = self._like(self.multi_modal_projector if old is None else old, CTMoETaskRouter(self.config))
+        if old is not None:
+            for name in ("weight", "bias"):
+                rows, new_rows = getattr(old, name), getattr(router, name)
+                _copy_groups(rows, new_rows, 0, 1, sources)
+                for index, source in enumerate(sources):
+                    if source is None:
+                        new_rows[index] = rows.mean(dim=0)
+            for index, source in enumerate(sources):
+                # A group that is new takes no prompt from the others: their best logit is above the mean of all.
+                if source is None or source in sources[:index]:
+                    router.bias[index] -= 1
+        return router
+
+    def _like(self, old: nn.Module, new: nn.Module) -> nn.Module:
+        """`new`, initialised, with dtype, device, mode and frozen parameters of `old`."""
+        reference = next(old.parameters())
+        new.apply(self.vision_tower._init_weights)
+        new.to(reference.device, reference.dtype).train(old.training)
+        frozen = {name for name, parameter in old.named_parameters() if not parameter.requires_grad}
+        for name, parameter in new.named_parameters():
+            parameter.requires_grad_(name not in frozen)
+        return new
 
     @merge_with_config_defaults
     @can_return_tuple
@@ -1384,6 +1441,48 @@ class CTMoEForConditionalGeneration(CTMoEPreTrainedModel, GenerationMixin):
     ) -> tuple | CTMoEImageFeatures:
         return self.model.get_image_features(pixel_values=pixel_values, **kwargs)
 
+    def add_task(self, name: str, init_from: str | None = None) -> None:
+        """Adds an expert group for a new kind of request; all that is there stays as it is, bit for bit.
+
+        Until it is trained or forced the group is idle: its experts add nothing or what those of `init_from` add, and
+        the task router's logit for it is one below that of `init_from`, or below the mean of all tasks.
+
+        The processor holds the names as well (`processor.tasks = model.config.tasks`), and an optimizer made before
+        does not know the new parameters.
+
+        Args:
+            name: of the task.
+            init_from: a task whose experts and routers are copied; by default they are made anew, their output zero.
+
+        Raises:
+            ModelError: the name is taken or empty, `init_from` is unknown, or weights are offloaded.
+        """
+        tasks = self.config.tasks
+        source = None if init_from is None else self._task_index(init_from)
+        self.model.regroup_tasks([*tasks, name], [*range(len(tasks)), source])
+
+    def remove_task(self, name: str) -> None:
+        """Removes a task with its expert group; the others stay as they are, bit for bit. See [`~.add_task`].
+
+        Raises:
+            ModelError: there is no such task, or it is the last expert group of the model.
+        """
+        index = self._task_index(name)
+        kept = [number for number in range(len(self.config.tasks)) if number != index]
+        self.model.regroup_tasks([self.config.tasks[number] for number in kept], kept)
+
+    def rename_task(self, name: str, new_name: str) -> None:
+        """Gives a task another name; no weight changes. See [`~.add_task`]."""
+        index = self._task_index(name)
+        tasks = [new_name if number == index else task for number, task in enumerate(self.config.tasks)]
+        self.model.regroup_tasks(tasks, list(range(len(tasks))))
+
+    def _task_index(self, name: str) -> int:
+        if name not in self.config.tasks:
+            known = ", ".join(self.config.tasks) or "none"
+            raise ModelError("task", f"{name!r} is unknown", f"Choose one of {known}")
+        return self.config.tasks.index(name)
+
     def save_pretrained(self, *args, **kwargs) -> None:
         # With this import the library copies the pipeline's file as well; the config says what it is for.
         from .pipeline_ct_moe import PIPELINES
@@ -1460,6 +1559,14 @@ class CTMoEForConditionalGeneration(CTMoEPreTrainedModel, GenerationMixin):
             router_logits=outputs.router_logits,
             routing=outputs.routing,
         )
+
+
+def _copy_groups(old: torch.Tensor, new: torch.Tensor, first: int, step: int, sources: list[int | None]) -> None:
+    """Copies `first` rows that all groups share, then for each group the `step` rows of the group in `sources`."""
+    new[:first] = old[:first]
+    for index, source in enumerate(sources):
+        if source is not None:
+            new[first + index * step :][:step] = old[first + source * step :][:step]
 
 
 def _pool_cells(

@@ -61,8 +61,9 @@ class CTReportPipeline(Pipeline):
         question (`str`, *optional*): a question about the scan; without one a report is written.
         context (`str`, *optional*): indication, phase and the like; becomes part of the prompt.
         check, series, spacing: as in `load_volume`, for scans whose values, folder or file leave it open.
-        task (`str` or `int`, *optional*): name or index of the task whose experts serve the request. By default a report is sent to the
-            task "report", if the model has one, and a question to the task that its text selects.
+        task (`str` or `int`, *optional*): name or index of the task whose experts serve the request. By default a
+            report is sent to the task "report", if the model has one, and a question to the task that its text
+            selects.
         batch_size (`int`, *optional*, defaults to 1): scans that go through the model together.
         return_routing (`bool` or `"maps"`, *optional*, defaults to `False`): adds `routing` to the result; with "maps"
             also, as arrays, which expert every patch went to.
@@ -92,6 +93,12 @@ class CTReportPipeline(Pipeline):
                 "The task ct-report needs a CT-MoE model: make one from a base with `ct-moe convert`",
             )
         super().__init__(model, *args, **kwargs)
+        if self.processor.tasks != model.config.tasks:
+            raise ModelError(
+                "tasks",
+                f"the processor names {self.processor.tasks}, the model {model.config.tasks}",
+                "Set processor.tasks = model.config.tasks after adding, removing or renaming tasks, and save both",
+            )
         # The library tells neither model nor pipeline which commit it loaded, but puts a Hub repository's code into a
         # module named after it.
         commits = [part for part in type(self).__module__.split(".") if re.fullmatch("[0-9a-f]{40}", part)]

@@ -19,6 +19,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from PIL import Image
 from typer.testing import CliRunner
 
 from ct_moe import CTMoEError, ModelError
@@ -90,14 +91,68 @@ def test_report_goes_on_after_a_bad_scan_and_records_it(model_folder, scan, test
 def test_batches_and_single_scans_give_the_same_records(model_folder, test_data, tmp_path):
     scans = [test_data / "totalseg" / name for name in ("example_ct_sm.nii.gz", "aorta_ct_cropped.nii.gz")]
     for size in (1, 2):
-        arguments = ["-m", model_folder, "--max-new-tokens", 4, "--batch-size", size, "--routing"]
+        arguments = [
+            "-m",
+            model_folder,
+            "--max-new-tokens",
+            4,
+            "--batch-size",
+            size,
+            "--routing",
+            tmp_path / f"{size}",
+        ]
         assert invoke("report", *scans, *arguments, "--out", tmp_path / f"{size}.jsonl").exit_code == 0
     first, second = (
         [json.loads(line) for line in (tmp_path / f"{size}.jsonl").read_text().splitlines()] for size in (1, 2)
     )
-    for one, two in zip(first, second, strict=True):
+    for number, (one, two) in enumerate(zip(first, second, strict=True), start=1):
         assert one.pop("routing").keys() == two.pop("routing").keys()  # floats differ in the last bits
+        for size, record in ((1, one), (2, two)):
+            picture = tmp_path / f"{size}" / f"scan-{number:04}.png"
+            assert record.pop("routing_picture") == str(picture)
+            with Image.open(picture) as opened:
+                assert opened.format == "PNG"
         assert one == two
+
+
+def test_routing_pictures_skip_a_scan_that_fails_and_keep_to_a_new_folder(
+    model_folder, scan, tmp_path, monkeypatch, capsys
+):
+    arguments = ["report", tmp_path / "none.nii.gz", scan, "-m", model_folder, "--max-new-tokens", 2]
+    result = invoke(*arguments, "--routing", tmp_path / "routing")
+    assert result.exit_code == 1
+    assert [path.name for path in (tmp_path / "routing").iterdir()] == ["scan-0002.png"]
+    for folder in (tmp_path / "routing", tmp_path / "no" / "such"):
+        error = fail(monkeypatch, capsys, *arguments, "--routing", folder)
+        assert "Name a new one in a folder that exists" in error
+
+
+def test_tasks_are_listed_renamed_removed_and_added(model_folder, scan, tmp_path, monkeypatch, capsys):
+    assert invoke("tasks", model_folder).stdout == "0 report\n1 vqa_closed\n2 vqa_open\n"
+    changes = ["--add", "vqa_location=questions", "--add", "new", "--remove", "vqa_open"]
+    result = invoke("tasks", model_folder, *changes, "--rename", "vqa_closed=questions", "--out", tmp_path / "out")
+    assert result.stdout == f"0 report\n1 questions\n2 vqa_location\n3 new\nWrote {tmp_path / 'out'}\n"
+    for task, name in (("vqa_location", "vqa_location"), ("3", "new")):
+        arguments = ["-m", tmp_path / "out", "--question", "Where?", "--task", task, "--max-new-tokens", 2]
+        assert f"task {name}" in invoke("report", scan, *arguments).stdout
+    error = fail(monkeypatch, capsys, "report", scan, "-m", tmp_path / "out", "--task", "vqa_open")
+    assert "'vqa_open' is unknown. Choose one of report (0), questions (1), vqa_location (2), new (3)" in error
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--add", "new"], "--out: missing"),
+        (["--out", "somewhere"], "--out: nothing to write"),
+        (["--rename", "report", "--out", "somewhere"], "Write OLD=NEW"),
+        (["--remove", "none", "--out", "somewhere"], "'none' is unknown. Choose one of report"),
+        (["--add", "report", "--out", "somewhere"], "repeats a name"),
+    ],
+)
+def test_tasks_that_cannot_be_leave_nothing_behind(model_folder, tmp_path, monkeypatch, capsys, arguments, message):
+    monkeypatch.chdir(tmp_path)
+    assert message in fail(monkeypatch, capsys, "tasks", model_folder, *arguments)
+    assert not list(tmp_path.iterdir())
 
 
 def test_questions_are_answered_and_streamed(model_folder, scan):

@@ -67,12 +67,15 @@ def base(phi3, tmp_path):
 # --- parity ---
 
 
-def test_converted_model_returns_the_base_logits(pair):
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+def test_converted_model_returns_the_base_logits(pair, dtype):
+    """In every dtype: what is added adds zero, and the rest is computed in the same order."""
     folder, converted, report = pair
     inputs = _one_slice(folder)
     with torch.no_grad():
-        expected = LlavaForConditionalGeneration.from_pretrained(folder)(**inputs).logits
-        logits = _run_converted(CTMoEForConditionalGeneration.from_pretrained(converted), inputs)
+        expected = LlavaForConditionalGeneration.from_pretrained(folder, dtype=dtype)(**inputs).logits
+        logits = _run_converted(CTMoEForConditionalGeneration.from_pretrained(converted, dtype=dtype), inputs)
+    assert logits.dtype == dtype
     torch.testing.assert_close(logits, expected, rtol=0, atol=1e-5)
     assert report.parity.max_abs_difference <= 1e-5
     assert report.parity.max_abs_logit > 0.1  # logits of nearly zero would agree whatever happens
