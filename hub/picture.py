@@ -11,7 +11,11 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""A picture of what the model will see of a scan: the slices that the image processor makes, window by window."""
+"""A picture of what the model will see of a scan: the slices that the image processor makes, window by window.
+
+`hub/routing_picture.py` draws with the same helpers: `evenly_chosen`, `grey_levels`, `side_letters`, `mark_sides`,
+`wrap`, `save_png`.
+"""
 
 import math
 import os
@@ -50,11 +54,10 @@ def draw_slices(
     volume = image_processor.fetch_images(scan)
     inputs = image_processor(volume)
     slices = inputs["pixel_values"][0].numpy()  # (S, 3, height, width)
-    shown = np.unique(np.linspace(0, len(slices) - 1, max(1, columns)).round().astype(int))
+    shown = evenly_chosen(len(slices), columns)
     pixels = slices.shape[-1]
 
-    mean, std = (np.reshape(v, (3, 1, 1)) for v in (image_processor.image_mean, image_processor.image_std))
-    tiles = np.rint((slices[shown] * std + mean).clip(0, 1) * 255).astype(np.uint8)
+    tiles = grey_levels(slices[shown], image_processor)
     zoom = -(-MIN_TILE // pixels)  # whole pixels only: nothing is smoothed
     tiles = tiles.repeat(zoom, axis=2).repeat(zoom, axis=3)
 
@@ -64,7 +67,7 @@ def draw_slices(
         positions_mm = inputs["slice_positions"][0].numpy() / 1000
         captions = [f"{text}, {positions_mm[index]:+.1f} mm" for index, text in zip(shown, captions)]
         field_mm, slab_mm = np.exp(inputs["volume_scale"][0].numpy()) * (400, 5)
-        letters = _side_letters(volume.affine)
+        letters = side_letters(volume.affine)
         summary = (
             f"Slabs: {len(slices)} of {slab_mm:.2f} mm, from {len(volume.hu)} slices of {volume.spacing[0]:.2f} mm. "
             f"Field of view {field_mm:.0f} x {field_mm:.0f} mm on {pixels} x {pixels} pixels. "
@@ -75,8 +78,19 @@ def draw_slices(
         summary = f"Slabs: {len(slices)}, from {len(volume.hu)} slices. Millimetres and orientation are unknown."
     picture = _compose(tiles, [title, summary] if title else [summary], captions, row_titles, letters, field_mm)
     if out is not None:
-        _save(picture, Path(out))
+        save_png(picture, Path(out))
     return picture
+
+
+def evenly_chosen(num_slices: int, columns: int) -> np.ndarray:
+    """Indices of `columns` slices from the first to the last, or of all slices if there are fewer."""
+    return np.unique(np.linspace(0, num_slices - 1, max(1, columns)).round().astype(int))
+
+
+def grey_levels(slices: np.ndarray, image_processor: CTMoEImageProcessor) -> np.ndarray:
+    """`pixel_values` of shape (..., 3, height, width) as uint8: from the lower to the upper edge of each window."""
+    mean, std = (np.reshape(v, (3, 1, 1)) for v in (image_processor.image_mean, image_processor.image_std))
+    return np.rint((slices * std + mean).clip(0, 1) * 255).astype(np.uint8)
 
 
 def _compose(
@@ -92,7 +106,7 @@ def _compose(
     width = 2 * MARGIN + tiles.shape[0] * (edge + GAP) - GAP
     font = ImageFont.load_default(size=edge // 18)
     line_height = 3 * (edge // 18) // 2
-    header = [line for text in header for line in _wrap(text, font, width - 2 * MARGIN)]
+    header = [line for text in header for line in wrap(text, font, width - 2 * MARGIN)]
     top = MARGIN + line_height * (len(header) + 1)
     picture = Image.new("RGB", (width, top + tiles.shape[1] * (line_height + edge) + MARGIN), BACKGROUND)
     draw = ImageDraw.Draw(picture)
@@ -105,7 +119,7 @@ def _compose(
         for column in range(tiles.shape[0]):
             x = MARGIN + column * (edge + GAP)
             picture.paste(Image.fromarray(tiles[column, row]), (x, y + line_height))
-            _mark_sides(draw, x, y + line_height, edge, letters, font)
+            mark_sides(draw, x, y + line_height, edge, letters, font)
             if row == 0:
                 draw.text((x + edge / 2, top - line_height / 2), captions[column], GREY, font, anchor="mm")
         if field_mm:
@@ -113,7 +127,8 @@ def _compose(
     return picture
 
 
-def _mark_sides(draw: ImageDraw.ImageDraw, x: int, y: int, edge: int, letters: dict[str, str], font) -> None:
+def mark_sides(draw: ImageDraw.ImageDraw, x: int, y: int, edge: int, letters: dict[str, str], font) -> None:
+    """Writes `side_letters` inside the edges of a square slice whose top left corner is (x, y)."""
     places = {
         "left": (3, edge / 2),
         "right": (edge - 3, edge / 2),
@@ -136,7 +151,7 @@ def _mark_scale(draw: ImageDraw.ImageDraw, right: float, bottom: float, edge: in
     draw.text(middle, f"{length_mm:g} mm", YELLOW, font, anchor="md", stroke_width=2, stroke_fill="black")
 
 
-def _side_letters(affine: np.ndarray) -> dict[str, str]:
+def side_letters(affine: np.ndarray) -> dict[str, str]:
     """The patient's side at each edge of a slice, from the affine, so that native planes get their own."""
     letters = {}
     for axis, (before, after) in enumerate((("left", "right"), ("top", "bottom"))):
@@ -147,7 +162,8 @@ def _side_letters(affine: np.ndarray) -> dict[str, str]:
     return letters
 
 
-def _wrap(text: str, font, width: int) -> list[str]:
+def wrap(text: str, font, width: int) -> list[str]:
+    """Lines of at most `width` pixels, broken at spaces."""
     lines = [""]
     for word in text.split():
         longer = f"{lines[-1]} {word}".strip()
@@ -158,7 +174,8 @@ def _wrap(text: str, font, width: int) -> list[str]:
     return lines
 
 
-def _save(picture: Image.Image, out: Path) -> None:
+def save_png(picture: Image.Image, out: Path) -> None:
+    """Writes all of the file or, with a `VolumeError`, nothing."""
     part = out.with_name(f"{out.name}.part")
     try:
         picture.save(part, format="PNG", optimize=True)

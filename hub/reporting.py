@@ -159,13 +159,12 @@ def _run(
 def _with_picture(
     result: dict[str, Any], volume: Any, reporter: CTReportPipeline, file: Path
 ) -> dict[str, Any] | CTMoEError:
-    """Draws the routing of a result, and takes the maps of it that no JSON could hold."""
-    routing = {**result["routing"], "task": result["task"]}
+    """Draws the routing of a result, and takes out the maps, which no JSON could hold."""
     try:
-        draw_routing(volume, reporter.processor.image_processor, routing, file)
+        draw_routing(volume, reporter.processor.image_processor, result["routing"], file)
     except CTMoEError as error:
         return error
-    routing.pop("maps")
+    routing = {name: value for name, value in result["routing"].items() if name != "maps"}
     return {**result, "routing": routing, "routing_picture": str(file)}
 
 

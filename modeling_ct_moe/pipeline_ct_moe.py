@@ -247,7 +247,7 @@ class CTReportPipeline(Pipeline):
                 "notice": NOTICE,
             }
             if model_outputs["routing"] is not None:
-                result["routing"] = model_outputs["routing"][row]
+                result["routing"] = {"task": result["task"], **model_outputs["routing"][row]}
             results.append(result)
         return results
 
