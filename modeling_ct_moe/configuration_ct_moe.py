@@ -326,6 +326,10 @@ class CTMoEConfig(PreTrainedConfig):
         published scalar product, divided by 5.
     tgis_alpha (`float`, *optional*):
         Share of the 3D features in what is scored, by default 0.5, and 0.2 in the published form.
+    tgis_temperature (`float`, *optional*):
+        What divides the logits of the scores: learned from 0.07, or 5 and fixed in the published form. Cosines of
+        random directions are larger in a narrow language model, so below a width of about 1000 start it higher: else
+        the softmax is saturated before anything is learned.
     volume_encoder_config (`CTMoEVolumeEncoderConfig`, *optional*):
         A second, 3D encoder whose tokens take the place of the vision encoder's in TG-IS, as in Med-2E3.
     router_balance_coef (`float`, *optional*, defaults to 0.01):
@@ -364,6 +368,7 @@ class CTMoEConfig(PreTrainedConfig):
     slice_scoring: Literal["none", "tgis"] = "none"
     tgis_variant: Literal["centred", "paper"] = "centred"
     tgis_alpha: float | int | None = None
+    tgis_temperature: float | int | None = None
     router_balance_coef: float | int = 0.01
     router_z_coef: float | int = 0.001
     task_coef: float | int = 0.1
@@ -424,6 +429,10 @@ class CTMoEConfig(PreTrainedConfig):
             self.tgis_alpha = 0.2 if self.tgis_variant == "paper" else 0.5
         if not 0.0 <= self.tgis_alpha <= 1.0:
             raise ModelError("tgis_alpha", f"{self.tgis_alpha} is not in [0, 1]", "Use 0.5, or 0.2 as published")
+        if self.tgis_temperature is None:
+            self.tgis_temperature = 5.0 if self.tgis_variant == "paper" else 0.07
+        if self.tgis_temperature <= 0:
+            raise ModelError("tgis_temperature", f"{self.tgis_temperature} is not positive", "Use 0.07")
         if self.volume_encoder_config is None:
             return
         if self.slice_scoring == "none":

@@ -656,7 +656,7 @@ class CTMoESliceScoring(nn.Module):
             target = nn.functional.linear(guide, self.text_proj.weight.float())
             # CODEPATH: the published form has no centring and no norms.
             if self.log_temperature is None:
-                logits = torch.matmul(states, target.unsqueeze(-1)).squeeze(-1) / 5
+                logits = torch.matmul(states, target.unsqueeze(-1)).squeeze(-1) / self.config.tgis_temperature
             else:
                 weight = slice_mask.unsqueeze(-1).float()
                 mean = (states * weight).sum(dim=1, keepdim=True) / weight.sum(dim=1, keepdim=True).clamp(min=1)
@@ -710,7 +710,7 @@ class CTMoEPreTrainedModel(PreTrainedModel):
             init.normal_(module.query, std=std)
         elif isinstance(module, CTMoESliceScoring):
             if module.log_temperature is not None:
-                init.constant_(module.log_temperature, math.log(0.07))
+                init.constant_(module.log_temperature, math.log(module.config.tgis_temperature))
         elif isinstance(module, CTMoEVolumeEmbeddings):
             init.normal_(module.position_embedding, std=std)
             if module.class_embedding is not None:

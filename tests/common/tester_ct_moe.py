@@ -16,7 +16,13 @@
 import torch
 from transformers import Phi3Config
 
-from ct_moe import CTMoEConfig, CTMoEForConditionalGeneration, CTMoEModel, CTMoEVisionConfig
+from ct_moe import (
+    CTMoEConfig,
+    CTMoEForConditionalGeneration,
+    CTMoEModel,
+    CTMoEVisionConfig,
+    CTMoEVolumeEncoderConfig,
+)
 
 
 class CTMoEVisionModelTester:
@@ -75,6 +81,31 @@ class CTMoEVisionModelTester:
         return self.get_config(), inputs
 
 
+class CTMoEVolumeEncoderTester(CTMoEVisionModelTester):
+    """The same volumes in patches of two slices."""
+
+    def __init__(self, parent):
+        super().__init__(parent)
+        grid = self.image_size // self.patch_size
+        self.seq_length = self.encoder_seq_length = self.num_slices // 2 * grid**2 + 1
+
+    def get_config(self) -> CTMoEVolumeEncoderConfig:
+        return CTMoEVolumeEncoderConfig(
+            hidden_size=self.hidden_size,
+            intermediate_size=48,
+            num_hidden_layers=self.num_hidden_layers,
+            num_attention_heads=self.num_attention_heads,
+            num_slices=self.num_slices,
+            image_size=self.image_size,
+            patch_size=(2, self.patch_size, self.patch_size),
+            pool=(1, 2, 2),
+        )
+
+    def prepare_config_and_inputs_for_common(self) -> tuple[CTMoEVolumeEncoderConfig, dict[str, torch.Tensor]]:
+        inputs = self.volume_inputs()
+        return self.get_config(), {name: inputs[name] for name in ("pixel_values", "slice_mask")}
+
+
 class CTMoEModelTester:
     """Prompts of one volume each, every one with its own guide."""
 
@@ -82,8 +113,9 @@ class CTMoEModelTester:
     conditional_generation_class = CTMoEForConditionalGeneration
     causal_lm_class = CTMoEForConditionalGeneration
 
-    def __init__(self, parent):
+    def __init__(self, parent, **fields):
         self.parent = parent
+        self.fields = fields
         self.vision = CTMoEVisionModelTester(parent)
         self.is_training = True
         self.batch_size = self.vision.batch_size
@@ -115,6 +147,7 @@ class CTMoEModelTester:
             text_config=text_config,
             image_token_id=self.image_token_id,
             tasks=["report", "vqa"],
+            **self.fields,
         )
 
     def prepare_config_and_inputs_for_common(self) -> tuple[CTMoEConfig, dict[str, torch.Tensor]]:

@@ -98,6 +98,7 @@ def test_what_cannot_be_built_is_refused_by_name(field, fields):
         ("pool", {"pool": (2, 2)}),
         ("pool", {"pool": (2, 0, 2)}),
         ("tgis_alpha", {"tgis_alpha": 1.5}),
+        ("tgis_temperature", {"tgis_temperature": 0}),
         ("volume_encoder_config", {"volume_encoder_config": {}}),
         ("volume_encoder_config", {"slice_scoring": "tgis", "volume_encoder_config": {"pool": [2, 2]}}),
         ("volume_encoder_config", {"slice_scoring": "tgis", "volume_encoder_config": {"hidden_size": 100}}),
