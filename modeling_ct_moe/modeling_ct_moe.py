@@ -642,7 +642,8 @@ class CTMoESliceScoring(nn.Module):
     def __init__(self, config: CTMoEConfig):
         super().__init__()
         self.config = config
-        self.text_proj = nn.Linear(config.vision_config.guide_size, config.text_config.hidden_size, bias=False)
+        # Of this module itself and not of one inside, whose hooks of offloading would not run.
+        self.text_weight = nn.Parameter(torch.empty(config.text_config.hidden_size, config.vision_config.guide_size))
         # CODEPATH: the published form has a fixed temperature.
         self.log_temperature = nn.Parameter(torch.empty(1)) if config.tgis_variant == "centred" else None
 
@@ -653,7 +654,7 @@ class CTMoESliceScoring(nn.Module):
         with torch.autocast(guide.device.type, enabled=False):
             alpha = self.config.tgis_alpha
             states = alpha * cell_means.float() + (1 - alpha) * slice_means.float()
-            target = nn.functional.linear(guide, self.text_proj.weight.float())
+            target = nn.functional.linear(guide, self.text_weight.float())
             # CODEPATH: the published form has no centring and no norms.
             if self.log_temperature is None:
                 logits = torch.matmul(states, target.unsqueeze(-1)).squeeze(-1) / self.config.tgis_temperature
@@ -709,6 +710,7 @@ class CTMoEPreTrainedModel(PreTrainedModel):
         elif isinstance(module, CTMoEGuideEncoder):
             init.normal_(module.query, std=std)
         elif isinstance(module, CTMoESliceScoring):
+            init.normal_(module.text_weight, std=std)
             if module.log_temperature is not None:
                 init.constant_(module.log_temperature, math.log(module.config.tgis_temperature))
         elif isinstance(module, CTMoEVolumeEmbeddings):
@@ -1489,7 +1491,9 @@ class CTMoEForConditionalGeneration(CTMoEPreTrainedModel, GenerationMixin):
 
         self.config.custom_pipelines = deepcopy(PIPELINES)  # loading a pipeline edits it in place
         # As `from_pretrained` sets them: a folder saved again after loading is the same, byte for byte.
-        self.config.vision_config.dtype = self.config.text_config.dtype = self.dtype
+        for name in self.config.sub_configs:
+            if getattr(self.config, name) is not None:
+                getattr(self.config, name).dtype = self.dtype
         super().save_pretrained(*args, **kwargs)
 
     def _expand_multimodal_outputs(self, input_ids, mm_encoder_output, **kwargs) -> dict[str, CTMoEImageFeatures]:

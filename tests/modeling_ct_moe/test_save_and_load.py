@@ -21,12 +21,30 @@ from safetensors.torch import load_file, save_file
 from tiny_model import prompt_inputs, tiny_config, tiny_model, volume_inputs
 
 from ct_moe.configuration_ct_moe import CTMoEConfig
+from ct_moe.errors_ct_moe import ModelError
 from ct_moe.modeling_ct_moe import CTMoEForConditionalGeneration
 
 
-def test_save_load_save_writes_the_same_bytes(tmp_path):
+VOLUME_ENCODER = {
+    "hidden_size": 16,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 2,
+    "num_slices": 4,
+    "image_size": 12,
+    "patch_size": (2, 4, 4),
+}
+OFFLOADED = {
+    "as designed": {},
+    "scored slices": {"slice_scoring": "tgis"},
+    "two encoders": {"slice_scoring": "tgis", "volume_encoder_config": VOLUME_ENCODER},
+}
+
+
+@pytest.mark.parametrize("fields", OFFLOADED.values(), ids=OFFLOADED)
+def test_save_load_save_writes_the_same_bytes(fields, tmp_path):
     first, second = tmp_path / "first", tmp_path / "second"
-    model = tiny_model()
+    model = tiny_model({"volume_layers": [], "moe_layers": []} if "volume_encoder_config" in fields else {}, **fields)
     model.save_pretrained(first)
     loaded = CTMoEForConditionalGeneration.from_pretrained(first)
     loaded.save_pretrained(second)
@@ -100,3 +118,22 @@ def test_tied_embeddings_are_one_tensor_after_loading(tmp_path):
     loaded = CTMoEForConditionalGeneration.from_pretrained(tmp_path)
     assert loaded.lm_head.weight is loaded.get_input_embeddings().weight
     assert torch.equal(loaded.lm_head.weight, model.lm_head.weight)
+
+
+@pytest.mark.parametrize("fields", OFFLOADED.values(), ids=OFFLOADED)
+@pytest.mark.parametrize("share", [0.3, 0.6])
+def test_offloaded_to_disk_it_computes_the_same(fields, share, tmp_path):
+    """Hooks bring each weight as its module is called; a weight that is read past its module would be a wrong one."""
+    vision = {"volume_layers": [], "moe_layers": []} if "volume_encoder_config" in fields else {}
+    model = tiny_model(vision, **fields)
+    model.save_pretrained(tmp_path / "model")
+    memory = int(share * sum(parameter.nbytes for parameter in model.parameters()))
+    offloaded = CTMoEForConditionalGeneration.from_pretrained(
+        tmp_path / "model", device_map="auto", max_memory={"cpu": memory}, offload_folder=tmp_path / "disk"
+    )
+    assert "disk" in offloaded.hf_device_map.values()
+    inputs = {**volume_inputs(model.config, [3, 2]), **prompt_inputs(model.config, [[3], [2]])}
+    with torch.no_grad():
+        assert torch.equal(offloaded(**inputs).logits, model(**inputs).logits)
+    with pytest.raises(ModelError, match="weights of the model are offloaded"):
+        offloaded.add_task("new")

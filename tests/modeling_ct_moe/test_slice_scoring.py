@@ -89,7 +89,7 @@ def slow_tgis(model, volume, features_2d, features_3d, token_ids):
         encoder = config.volume_encoder_config
         cells, per_cell = slow_cells(features_3d, encoder.pool, core.volume_projector), encoder.slices_per_cell
     guide = slow_guide(model, token_ids)
-    target = core.slice_scoring.text_proj.weight @ guide
+    target = core.slice_scoring.text_weight @ guide
     alpha = config.tgis_alpha
     states = []
     for j, tokens in enumerate(slices):
