@@ -16,7 +16,8 @@
     python examples/demo.py [--scan scan.nii.gz] [--out demo-output]
 
 The base has random weights, so the report is gibberish; everything around it is what a real model goes through.
-Writes model/, report.json and slices.png (what the model saw) into the output folder.
+Writes model/, report.json, slices.png (what the model saw) and routing.png (which experts saw what) into the output
+folder.
 """
 
 import argparse
@@ -62,6 +63,7 @@ def run(scan: str, out: Path) -> None:
     from ct_moe.hub.cli import printable
     from ct_moe.hub.conversion import convert_base
     from ct_moe.hub.picture import draw_slices
+    from ct_moe.hub.routing_picture import draw_routing
     from ct_moe.hub.tiny_base import build_tiny_base
 
     logging.disable_progress_bar()  # of the library, for files that load in an instant
@@ -69,10 +71,13 @@ def run(scan: str, out: Path) -> None:
         shutil.rmtree(out / "model")  # of an earlier run
     with tempfile.TemporaryDirectory() as temporary:
         base = build_tiny_base(Path(temporary) / "tiny-base")
-        print(convert_base(base, out / "model", intended_scope="nothing: random weights"))
+        scope = "nothing: random weights"
+        print(convert_base(base, out / "model", intended_scope=scope, slice_scoring="tgis", tgis_temperature=0.8))
 
     reporter = pipeline("ct-report", model=str(out / "model"), trust_remote_code=True)
-    result = reporter(volume, max_new_tokens=60, return_routing=True)
+    result = reporter(volume, max_new_tokens=60, return_routing="maps")
+    draw_routing(volume, reporter.processor.image_processor, result["routing"], out / "routing.png")
+    del result["routing"]["maps"]  # arrays, and drawn
     result["scan"] = scan
     (out / "report.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
     title = "What the tiny demo model sees (a real base sees 336 x 336 pixels)"
@@ -84,7 +89,8 @@ def run(scan: str, out: Path) -> None:
     print(f"Findings    {printable(result['findings'] or '(none in the text)')}")
     print(f"Impression  {result['impression'] or '(none in the text)'}")
     print(f"Notice      {result['notice']}")
-    print(f"\nWrote {out / 'report.json'} and {out / 'slices.png'} in {time.perf_counter() - started:.0f} s")
+    files = ", ".join(str(out / name) for name in ("report.json", "slices.png", "routing.png"))
+    print(f"\nWrote {files} in {time.perf_counter() - started:.0f} s")
 
 
 if __name__ == "__main__":

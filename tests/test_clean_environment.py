@@ -111,7 +111,8 @@ def test_demo_runs_on_a_real_scan_and_on_its_own(environments, test_data, tmp_pa
         assert "UNTRAINED" in result.stdout
         assert "largest logit difference" in result.stdout
         assert json.loads((out / "report.json").read_text())["slab_mm"] <= 5.0
-        assert (out / "slices.png").stat().st_size > 10_000
+        for picture in ("slices.png", "routing.png"):
+            assert (out / picture).stat().st_size > 10_000
 
 
 def test_demo_names_a_scan_that_is_missing(environments, tmp_path):
