@@ -127,7 +127,14 @@ def test_task_names_become_indices(processor, scans):
     inputs = processor(images=scans, text=texts, padding=True, task=["vqa_open", None])
     assert inputs["task_ids"].tolist() == [processor.tasks.index("vqa_open"), -100]
     assert processor(images=scans, text=texts, padding=True, task="report")["task_ids"].tolist() == [0, 0]
+    assert processor(images=scans, text=texts, padding=True, task=[2, 0])["task_ids"].tolist() == [2, 0]
     assert "task_ids" not in processor(images=scans, text=texts, padding=True)
+
+
+def test_an_unknown_task_is_refused_with_the_known_ones(processor):
+    for task in ("surgery", 3, -1):
+        with pytest.raises(PromptError, match=r"is unknown. Choose one of report \(0\), vqa_closed \(1\), vqa_open"):
+            processor.task_id(task)
 
 
 def test_arrays_are_numpy_when_asked_for(processor, scans):

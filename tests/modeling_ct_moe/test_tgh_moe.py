@@ -252,3 +252,13 @@ def test_guide_rows_must_match_the_volumes():
     inputs["guide_attention_mask"] = inputs["guide_attention_mask"][:1]
     with pytest.raises(ModelError, match="1 rows for 2 volumes"):
         model.get_image_features(**inputs)
+
+
+@torch.no_grad()
+def test_the_config_can_ask_for_router_logits_and_the_call_decides():
+    model = tiny_model(output_router_logits=True)
+    inputs = volume_inputs(model.config, [2])
+    assert len(model.get_image_features(**inputs).routing.router_logits) == 2
+    assert model.get_image_features(**inputs, output_router_logits=False).routing.router_logits is None
+    model.config.output_router_logits = False
+    assert model.get_image_features(**inputs).routing.router_logits is None
