@@ -1259,12 +1259,11 @@ class CTMoEModel(CTMoEPreTrainedModel):
         # CODEPATH: dropout belongs to the published form.
         if self.training and config.tgis_variant == "paper":
             weights = nn.functional.dropout(scores, 0.1)
-        weights = weights[slice_mask].to(slices.dtype)
-        volume_of_slice = slice_mask.nonzero()[:, 0]
-        weighted = slices.new_zeros(num_volumes, *slices.shape[1:])
-        weighted = weighted.index_add(0, volume_of_slice, slices * weights[:, None, None])
-        per_volume = cells.split(cell_mask.sum(dim=1).tolist())
-        return [torch.cat([row.flatten(0, 1), own]) for row, own in zip(per_volume, weighted)], scores
+        num_cells, num_real = cell_mask.sum(dim=1).tolist(), slice_mask.sum(dim=1).tolist()
+        weights = weights[slice_mask].to(slices.dtype).split(num_real)
+        # A matrix product per volume, which sums in float32 whatever the dtype.
+        weighted = [torch.tensordot(s, own, dims=1) for s, own in zip(weights, slices.split(num_real))]
+        return [torch.cat([own.flatten(0, 1), sum_]) for own, sum_ in zip(cells.split(num_cells), weighted)], scores
 
     def _check_rows(
         self,
