@@ -423,10 +423,13 @@ class CTMoEExperts(nn.Module):
     ) -> torch.Tensor:
         """The library's `eager` path, for devices without a grouped matrix product. `(T, D)` in and out."""
         output = torch.zeros_like(hidden_states)
+        # Unbound once: indexing would give every expert that is used a whole gradient of zeros.
+        up, up_bias = self.up_proj.unbind(), self.up_proj_bias.unbind()
+        down, down_bias = self.down_proj.unbind(), self.down_proj_bias.unbind()
         for expert in top_k_index.unique():
             token, slot = torch.where(top_k_index == expert)
-            states = nn.functional.linear(hidden_states[token], self.up_proj[expert], self.up_proj_bias[expert])
-            states = nn.functional.linear(self.act_fn(states), self.down_proj[expert], self.down_proj_bias[expert])
+            states = nn.functional.linear(hidden_states[token], up[expert], up_bias[expert])
+            states = nn.functional.linear(self.act_fn(states), down[expert], down_bias[expert])
             output.index_add_(0, token, states * top_k_weights[token, slot, None])
         return output
 
@@ -792,9 +795,11 @@ class CTMoEVisionModel(CTMoEPreTrainedModel):
         routing = self._prepare_routing(slice_mask, patch_mask, num_tokens, guide, task_index, task_gate)
 
         router_logits = ()
-        prefix = hidden_states
-        slice_prefix = hidden_states if first_layer <= first_volume_layer else None
+        # Kept only on request: they would stay in memory until the last layer.
+        prefixes = {}
         for layer_idx, layer in enumerate(self.layers[first_layer:], start=first_layer):
+            if output_prefix_hidden_states and layer_idx in (first_moe_layer, first_volume_layer):
+                prefixes[layer_idx] = hidden_states
             hidden_states, layer_logits = layer(
                 hidden_states,
                 num_slices,
@@ -806,19 +811,16 @@ class CTMoEVisionModel(CTMoEPreTrainedModel):
             )
             if layer_logits is not None:
                 router_logits += (layer_logits,)
-            if layer_idx + 1 == first_moe_layer:
-                prefix = hidden_states
-            if layer_idx + 1 == first_volume_layer:
-                slice_prefix = hidden_states
+        if output_prefix_hidden_states:
+            prefixes[self.config.num_read_layers] = hidden_states  # of a model without such a layer
         slice_shape = (num_volumes, num_slices, num_tokens, -1)
+        prefixes = {layer_idx: states.view(slice_shape) for layer_idx, states in prefixes.items()}
         return CTMoEVisionOutput(
             last_hidden_state=self.post_layernorm(hidden_states).view(slice_shape),
             router_logits=router_logits or None,
             token_mask=routing.token_mask.long(),
-            prefix_hidden_states=prefix.view(slice_shape) if output_prefix_hidden_states else None,
-            slice_prefix_hidden_states=(
-                slice_prefix.view(slice_shape) if output_prefix_hidden_states and slice_prefix is not None else None
-            ),
+            prefix_hidden_states=prefixes.get(first_moe_layer),
+            slice_prefix_hidden_states=prefixes.get(first_volume_layer),
         )
 
     def _attention_mask(self, hidden_states: torch.Tensor, slice_mask: torch.Tensor):
