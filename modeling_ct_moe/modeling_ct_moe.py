@@ -50,6 +50,7 @@ from .routing_ct_moe import routing_losses
 # trf-ignore: TRF041 config.pre_layernorm, config.post_layernorm, config.router_jitter
 
 
+ADAPTER_PARTS = ("base_layer.", "lora_", "modules_to_save.", "original_module.")  # names that PEFT gives
 VOLUME_ARGS = r"""
     pixel_values (`torch.Tensor` of shape `(num_volumes, num_slices, num_channels, height, width)`, *optional*):
         Windowed slices from [`CTMoEImageProcessor`], one row per volume in placeholder order.
@@ -1040,6 +1041,9 @@ class CTMoEModel(CTMoEPreTrainedModel):
         CTMoEConfig(**{**self.config.to_dict(), "tasks": tasks})  # refuses what cannot be, before anything changes
         if any(parameter.is_meta for parameter in self.parameters()):
             raise ModelError("tasks", "weights of the model are offloaded", "Load it without a device_map")
+        for name, _ in self.named_parameters():
+            if (".moe." in name or "task_router." in name) and any(part in name for part in ADAPTER_PARTS):
+                raise ModelError("tasks", f"an adapter holds {name}", "Merge it first: merge_and_unload() of PEFT")
         vision_config = self.vision_tower.config
         self.config.tasks = list(tasks)
         self.config.vision_config.num_tasks = vision_config.num_tasks = len(tasks)
@@ -1478,7 +1482,8 @@ class CTMoEForConditionalGeneration(CTMoEPreTrainedModel, GenerationMixin):
         """Gives a task another name; no weight changes. See [`~.add_task`]."""
         index = self._task_index(name)
         tasks = [new_name if number == index else task for number, task in enumerate(self.config.tasks)]
-        self.model.regroup_tasks(tasks, list(range(len(tasks))))
+        CTMoEConfig(**{**self.config.to_dict(), "tasks": tasks})  # refuses a name that is taken or empty
+        self.config.tasks = tasks
 
     def _task_index(self, name: str) -> int:
         if name not in self.config.tasks:
@@ -1583,9 +1588,10 @@ def _pool_cells(
     """
     cell_mask = slice_mask
     if any(step > 1 for step in pool):
-        exists = slice_mask[:, :, None, None, None].expand(*features.shape[:4], 1).to(features.dtype)
+        # In float32: rounding of the sums would make equal slices differ.
+        exists = slice_mask[:, :, None, None, None].expand(*features.shape[:4], 1).float()
         count = _sum_cells(exists, pool)
-        features = _sum_cells(features * exists, pool) / count.clamp(min=1)
+        features = (_sum_cells(features * exists, pool) / count.clamp(min=1)).to(features.dtype)
         cell_mask = count[:, :, 0, 0, 0] > 0
     return features.flatten(2, 3), cell_mask
 

@@ -93,12 +93,6 @@ class CTReportPipeline(Pipeline):
                 "The task ct-report needs a CT-MoE model: make one from a base with `ct-moe convert`",
             )
         super().__init__(model, *args, **kwargs)
-        if self.processor.tasks != model.config.tasks:
-            raise ModelError(
-                "tasks",
-                f"the processor names {self.processor.tasks}, the model {model.config.tasks}",
-                "Set processor.tasks = model.config.tasks after adding, removing or renaming tasks, and save both",
-            )
         # The library tells neither model nor pipeline which commit it loaded, but puts a Hub repository's code into a
         # module named after it.
         commits = [part for part in type(self).__module__.split(".") if re.fullmatch("[0-9a-f]{40}", part)]
@@ -154,6 +148,12 @@ class CTReportPipeline(Pipeline):
                 "Use question, context, task, return_routing, batch_size or a parameter of generate",
             )
         check_words(question=question, context=context)
+        if self.processor.tasks != self.model.config.tasks:  # at every call: tasks can change in between
+            raise ModelError(
+                "tasks",
+                f"the processor names {self.processor.tasks}, the model {self.model.config.tasks}",
+                "Set processor.tasks = model.config.tasks after adding, removing or renaming tasks, and save both",
+            )
         self.processor.task_id(task)  # refuses an unknown name
         if generation.get("num_return_sequences", 1) != 1:
             raise PromptError("num_return_sequences", "more than one text per scan", "Leave it at 1")
