@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""The command line: `ct-moe convert`, `report`, `view`, `inspect`, `tasks` and `tiny-base`.
+"""The command line: `ct-moe convert`, `train`, `report`, `view`, `inspect`, `tasks` and `tiny-base`.
 
 Every command imports what it needs when it runs, so that `--help` answers at once. Bad input ends in one line on
 stderr and exit code 1; wrong usage in exit code 2.
@@ -113,6 +113,35 @@ def convert(
         f"Wrote {out}. It was never trained on CT: take none of its reports seriously before it is. "
         "(Parity holds for one slice without pooling.)"
     )
+
+
+@app.command()
+def train(
+    config: Annotated[Path, typer.Option(help="Recipe in YAML: model, data and the settings of both stages.")],
+    stage: Annotated[
+        int | None, typer.Option(min=1, max=2, help="Train this stage only; by default both, one after the other.")
+    ] = None,
+    setting: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="Setting in place of the recipe's: NAME=VALUE or stage1.NAME=VALUE."),
+    ] = None,
+) -> None:
+    """Train in two stages. Cut off at any moment, the same command goes on from the last checkpoint.
+
+    Several processes: accelerate launch --config_file FILE -m ct_moe.hub.cli train --config RECIPE
+    """
+    with _quiet_libraries():
+        try:
+            from ct_moe.trainers.recipe import load_recipe
+            from ct_moe.trainers.two_stage import train_two_stage
+        except ModuleNotFoundError as error:
+            raise CTMoEError(error.name, "is not installed", 'Run: pip install "ct-moe[train]"') from error
+
+        from accelerate import PartialState
+
+        recipe = load_recipe(config, setting or [])
+        train_two_stage(recipe=recipe, stages=(1, 2) if stage is None else (stage,))
+        PartialState().destroy_process_group()
 
 
 @app.command()
@@ -342,6 +371,10 @@ def _warn(message: str) -> None:
 def _fail(message: str, code: int = 1) -> None:
     print(f"ct-moe: error: {message}", file=sys.stderr)
     sys.exit(code)
+
+
+if __name__ == "__main__":
+    main()
 
 
 if __name__ == "__main__":

@@ -77,7 +77,7 @@ def check_model(model: str, revision: str | None = None) -> str | None:
 
 
 def load_folder(
-    model: str, *, revision: str | None = None, dtype: str = "auto"
+    model: str, *, revision: str | None = None, dtype: str = "auto", **kwargs
 ) -> "tuple[CTMoEForConditionalGeneration, CTMoEProcessor, str | None]":
     """Load a CT-MoE model in eval mode, its processor, and say which commit of a Hub repository they are.
 
@@ -85,6 +85,7 @@ def load_folder(
         model: folder or Hub id.
         revision: branch, tag or commit of a Hub repository.
         dtype: `"auto"` (the dtype on disk), `"float32"`, `"bfloat16"` or `"float16"`.
+        **kwargs: of the library's `from_pretrained`, such as `quantization_config`.
 
     Raises:
         ModelError: there is no CT-MoE model, or it is incomplete or damaged.
@@ -95,7 +96,7 @@ def load_folder(
     try:
         processor = ct_moe.CTMoEProcessor.from_pretrained(model, revision=revision)
         network, loading = ct_moe.CTMoEForConditionalGeneration.from_pretrained(
-            model, revision=revision, dtype=dtype, output_loading_info=True
+            model, revision=revision, dtype=dtype, output_loading_info=True, **kwargs
         )
     except CTMoEError:
         raise
@@ -133,12 +134,17 @@ def save_folder(model: "CTMoEForConditionalGeneration", processor: "CTMoEProcess
     return Path(out)
 
 
-def write_folder(model: "CTMoEForConditionalGeneration", processor: "CTMoEProcessor", folder: Path) -> None:
-    """Write weights, configs, tokenizer, chat template and the code that runs them into the existing `folder`."""
+def write_folder(
+    model: "CTMoEForConditionalGeneration", processor: "CTMoEProcessor", folder: Path, state_dict: dict | None = None
+) -> None:
+    """Write weights, configs, tokenizer, chat template and the code that runs them into the existing `folder`.
+
+    `state_dict` holds the weights where those of `model` are spread over processes.
+    """
     model.config.auto_map = dict(AUTO_MAP)  # one that was loaded from the Hub names its repository
     processor.auto_map = dict(_PROCESSOR_AUTO_MAP)
     processor.image_processor.auto_map = dict(_IMAGE_PROCESSOR_AUTO_MAP)
-    model.save_pretrained(folder, max_shard_size="5GB")
+    model.save_pretrained(folder, max_shard_size="5GB", state_dict=state_dict)
     processor.save_pretrained(folder)
     # All of them, and not what the library would collect from imports: the pipeline is named by the config only.
     for source in sorted(Path(ct_moe.__file__).parent.glob("*_ct_moe.py")):

@@ -26,7 +26,15 @@ _MODULES = {
     "routing_ct_moe": ["routing_maps", "routing_statistics"],
 }
 _LIGHT_MODULES = {
-    "errors_ct_moe": ["CTMoEError", "ConversionError", "ModelError", "PromptError", "VolumeError"],
+    "errors_ct_moe": [
+        "CTMoEError",
+        "ConversionError",
+        "DataError",
+        "ModelError",
+        "PromptError",
+        "TrainingError",
+        "VolumeError",
+    ],
     "volume_io_ct_moe": ["Volume", "load_volume"],
 }
 _MODULE_OF = {name: module for module, names in {**_MODULES, **_LIGHT_MODULES}.items() for name in names}

@@ -71,6 +71,9 @@ class CTMoEVisionConfig(PreTrainedConfig):
         Whether the group that serves every task exists.
     num_tasks (`int`, *optional*, defaults to 0):
         Number of task groups. Set by [`CTMoEConfig`] from its `tasks`.
+    use_task_groups (`bool`, *optional*, defaults to `True`):
+        Whether the task groups take part. `False` in and after the first, task-shared stage of training, where the
+        task router already learns.
     guide_interaction (`str`, *optional*, defaults to `"film"`):
         How the prompt steers the token routers: `"film"` (it scales their input and shifts their logits), `"bias"`
         (it shifts the logits) or `"none"`.
@@ -118,6 +121,7 @@ class CTMoEVisionConfig(PreTrainedConfig):
     moe_intermediate_size: int | None = None
     shared_group: bool = True
     num_tasks: int = 0
+    use_task_groups: bool = True
     guide_interaction: Literal["film", "bias", "none"] = "film"
     guide_size: int = 256
     router_jitter: float | int = 0.01
@@ -165,6 +169,16 @@ class CTMoEVisionConfig(PreTrainedConfig):
     def depth_rotary_dim(self) -> int:
         """Leading channels of every head that the slice position rotates; even."""
         return int(self.hidden_size // self.num_attention_heads * self.depth_rotary_fraction) // 2 * 2
+
+    @property
+    def num_shared_experts(self) -> int:
+        """Experts of the shared group: the first ones of a layer."""
+        return self.num_experts if self.shared_group else 0
+
+    @property
+    def routes_tasks(self) -> bool:
+        """Whether volumes go through the experts of their task."""
+        return self.num_tasks > 0 and self.use_task_groups
 
     def _check_layers(self, read: int) -> None:
         for name, layers, among in (

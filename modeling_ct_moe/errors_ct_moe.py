@@ -47,3 +47,11 @@ class ModelError(CTMoEError):
 
 class ConversionError(CTMoEError):
     """A base model that cannot be converted without losing or inventing parameters."""
+
+
+class DataError(CTMoEError):
+    """Rows of a data set that no training step could use, or a column that is missing or of another kind."""
+
+
+class TrainingError(CTMoEError):
+    """A training run that cannot start, go on or be resumed as asked."""

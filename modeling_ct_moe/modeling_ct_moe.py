@@ -411,7 +411,7 @@ class CTMoEExperts(nn.Module):
 
     def __init__(self, config: CTMoEVisionConfig):
         super().__init__()
-        self.num_experts = config.num_experts * int(config.shared_group) + config.num_task_experts * config.num_tasks
+        self.num_experts = config.num_shared_experts + config.num_task_experts * config.num_tasks
         width, hidden = config.moe_intermediate_size, config.hidden_size
         self.up_proj = nn.Parameter(torch.empty(self.num_experts, width, hidden))
         self.up_proj_bias = nn.Parameter(torch.empty(self.num_experts, width))
@@ -478,6 +478,11 @@ class CTMoETextGuidedMoE(nn.Module):
         self.shared_router = CTMoERouter(config, 1, config.num_experts) if shared else None
         self.group_router = CTMoERouter(config, config.num_tasks, config.num_task_experts) if tasks else None
 
+    @property
+    def is_active(self) -> bool:
+        """False for task groups without a shared one while the task groups are off: the layer is its FFN then."""
+        return self.config.shared_group or self.config.routes_tasks
+
     def forward(self, hidden_states: torch.Tensor, routing: CTMoERouting) -> tuple[torch.Tensor, torch.Tensor | None]:
         """`(V, S * N, D)` to the experts' output of the routed tokens `(T, D)` and the logits `(V, S * N, routed)`."""
         config = self.config
@@ -493,11 +498,11 @@ class CTMoETextGuidedMoE(nn.Module):
                 )
                 index.append(index_)
                 weights.append(weights_)
-            # CODEPATH: the ablation "token level only" has no task groups.
-            if config.num_tasks:
+            # CODEPATH: the ablation "token level only" has no task groups, the first stage leaves them out.
+            if config.routes_tasks:
                 group = routing.task_index.clamp(min=0)
                 index_, weights_ = self._route(self.group_router, states, routing.guide, group, logits)
-                first = config.num_experts * int(config.shared_group) + config.num_task_experts * group
+                first = config.num_shared_experts + config.num_task_experts * group
                 index.append(index_ + first[:, None, None])
                 # Volumes without a task group pass through one with weight 0, which keeps one call for all.
                 weights.append(weights_ * (routing.task_gate * (routing.task_index >= 0))[:, None, None])
@@ -577,7 +582,7 @@ class CTMoEVisionLayer(GradientCheckpointingLayer):
         normed = self.layer_norm2(hidden_states)
         hidden_states = self.mlp(normed)
         router_logits = None
-        if self.moe is not None and not slicewise and routing.token_index.shape[0] > 0:
+        if self.moe is not None and self.moe.is_active and not slicewise and routing.token_index.shape[0] > 0:
             expert_output, router_logits = self.moe(normed, routing)
             flat = hidden_states.flatten(0, 1)
             hidden_states = flat.index_add(0, routing.token_index, expert_output.to(flat.dtype)).view_as(hidden_states)
@@ -1047,7 +1052,7 @@ class CTMoEModel(CTMoEPreTrainedModel):
         vision_config = self.vision_tower.config
         self.config.tasks = list(tasks)
         self.config.vision_config.num_tasks = vision_config.num_tasks = len(tasks)
-        shared_experts = vision_config.num_experts * int(vision_config.shared_group)
+        shared_experts = vision_config.num_shared_experts
         for layer in self.vision_tower.layers:
             if layer.moe is None:
                 continue
@@ -1484,6 +1489,11 @@ class CTMoEForConditionalGeneration(CTMoEPreTrainedModel, GenerationMixin):
         tasks = [new_name if number == index else task for number, task in enumerate(self.config.tasks)]
         CTMoEConfig(**{**self.config.to_dict(), "tasks": tasks})  # refuses a name that is taken or empty
         self.config.tasks = tasks
+
+    def set_task_groups(self, active: bool) -> None:
+        """Lets the task groups take part or leaves them out (`use_task_groups` of the config); no weight changes."""
+        for config in (self.config.vision_config, self.model.vision_tower.config):
+            config.use_task_groups = active
 
     def _task_index(self, name: str) -> int:
         if name not in self.config.tasks:

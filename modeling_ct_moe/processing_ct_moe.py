@@ -107,9 +107,9 @@ class CTMoEProcessor(ProcessorMixin):
         if images is None or text is None:
             return outputs
         rows = [row for row, sample in enumerate(text) for _ in range(sample.count(self.image_token))]
-        routing = self._guide_inputs([_per_text("guide", guide, text)[row] for row in rows])
-        if task is not None:
-            routing["task_ids"] = torch.tensor([self.task_id(_per_text("task", task, text)[row]) for row in rows])
+        guides = [_per_text("guide", guide, text)[row] for row in rows]
+        tasks = None if task is None else [_per_text("task", task, text)[row] for row in rows]
+        routing = self.routing_inputs(guides, tasks)
         as_numpy = isinstance(outputs["pixel_values"], torch.Tensor) is False
         return BatchFeature({**outputs, **{k: v.numpy() if as_numpy else v for k, v in routing.items()}})
 
@@ -122,6 +122,24 @@ class CTMoEProcessor(ProcessorMixin):
         return super().apply_chat_template(
             conversation, chat_template=chat_template, processor_kwargs=processor_kwargs, **kwargs
         )
+
+    def routing_inputs(
+        self, guides: list[str | None], tasks: list[str | int | None] | None = None
+    ) -> dict[str, torch.Tensor]:
+        """The model inputs that decide the routing, from one guide (and task) per volume.
+
+        Args:
+            guides: the words that steer the routing; `None` for a volume without.
+            tasks: names or indices from `tasks`; `None` leaves a volume's choice to its guide.
+
+        Returns:
+            **guide_input_ids** and **guide_attention_mask** of shape `(V, guide_length)`, right-padded, and, with
+            `tasks`, **task_ids** of shape `(V,)`.
+        """
+        inputs = self._guide_inputs(guides)
+        if tasks is not None:
+            inputs["task_ids"] = torch.tensor([self.task_id(task) for task in tasks])
+        return inputs
 
     def task_id(self, task: str | int | None) -> int:
         """Index of a task, given by name or index, in `tasks`; -100 for `None`; PromptError for an unknown one."""

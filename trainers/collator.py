@@ -1,0 +1,166 @@
+# Copyright 2026 The CT-MoE authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Rows to batches: TRL's vision collator, which reads the scans, with the guide and the task of every volume.
+
+It runs in the workers of the DataLoader. A row whose scan cannot be read leaves its batch and is named in it.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from trl.data_utils import prepare_multimodal_messages
+from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
+
+from ct_moe import CTMoEError, DataError, Volume
+from ct_moe.processing_ct_moe import UNLABELLED, last_user_text
+
+from .volume_cache import VolumeCache
+
+
+@dataclass
+class CTMoEDataCollator(DataCollatorForVisionLanguageModeling):
+    """Collates rows of `images`, `prompt`, `completion` and `task` (design section 4).
+
+    Beside what TRL's collator returns, a batch holds the inputs that decide the routing, and, for the trainer:
+
+    - **row_names** (`list[str]`): of the rows in the batch;
+    - **row_tasks** (`torch.LongTensor` of shape `(batch_size,)`): their tasks, -100 for none;
+    - **num_volumes** (`int`): the volumes that count in the routing losses;
+    - **failed_rows** (`list[dict[str, str]]`): `row` and `error` of rows that were left out. Where none is left, the
+      batch is one row with a volume of air, without labels: every process must go through every layer.
+
+    Args:
+        processor: a [`CTMoEProcessor`].
+        volume_cache: where processed scans are kept; `None` processes them anew every time.
+        on_error: `"skip"` or `"raise"`, for scans that cannot be read.
+    """
+
+    completion_only_loss: bool = True
+    volume_cache: VolumeCache | None = None
+    on_error: str = "skip"
+
+    def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        examples, failed = self._read(examples)
+        labelled = bool(examples)
+        if not labelled:
+            examples = [self._blank()]
+        num_volumes = sum(len(example["images"]) for example in examples)
+        names = [row_name(example) for example in examples]
+        tasks = [example.get("task") or None for example in examples]
+        guides = [self._guide(example) for example in examples]
+
+        columns = ("images", "prompt", "completion")  # others, such as `text`, would mean something else to TRL
+        output = dict(super().torch_call([{name: example[name] for name in columns} for example in examples]))
+        if num_volumes:
+            rows = [row for row, example in enumerate(examples) for _ in example["images"]]
+            output |= self.processor.routing_inputs([guides[row] for row in rows], [tasks[row] for row in rows])
+        if not labelled:
+            output["labels"] = torch.full_like(output["labels"], UNLABELLED)
+        return {
+            **output,
+            "row_names": names if labelled else [],
+            "row_tasks": torch.tensor([self.processor.task_id(task) for task in tasks]),
+            "num_volumes": num_volumes if labelled else 0,
+            "failed_rows": failed,
+        }
+
+    def prompt_inputs(self, examples: list[dict[str, Any]]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+        """What `generate` needs for the prompts of rows whose scans can be read, and those rows."""
+        examples, _ = self._read(examples)
+        if not examples:
+            return {}, []
+        messages = [prepare_multimodal_messages(example["prompt"], example["images"]) for example in examples]
+        images = [example["images"] for example in examples]
+        inputs = self.processor(
+            images=images if any(images) else None,
+            text=[self.processor.apply_chat_template(prompt, add_generation_prompt=True) for prompt in messages],
+            guide=[self._guide(example) for example in examples],
+            padding=True,
+            padding_side="left",
+            return_tensors=self.return_tensors,
+            add_special_tokens=False,
+        )
+        return dict(inputs), examples
+
+    def _read(self, examples: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[dict[str, str]]]:
+        """Rows with their scans processed, and which rows have none because one of theirs cannot be read."""
+        readable, failed = [], []
+        for example in examples:
+            _check_columns(example)
+            try:
+                readable.append({**example, "images": [self._process(image) for image in _images(example)]})
+            except CTMoEError as error:
+                if self.on_error == "raise":
+                    raise
+                failed.append({"row": row_name(example), "error": str(error)})
+        return readable, failed
+
+    def _process(self, image: Any) -> dict[str, np.ndarray]:
+        if self.volume_cache is not None:
+            return self.volume_cache.read(image)
+        return self.processor.image_processor.process_volume(image)
+
+    def _guide(self, example: dict[str, Any]) -> str | None:
+        return last_user_text(example["prompt"], self.processor.image_token)
+
+    def _blank(self) -> dict[str, Any]:
+        image_processor = self.processor.image_processor
+        nothing = -1000.0 if image_processor.intensity == "hu" else 0.0
+        volume = Volume(
+            np.full((1, 16, 16), nothing, dtype=np.float32),
+            (image_processor.slab_mm, 25.0, 25.0),
+            np.eye(4),
+            {"intensity": image_processor.intensity},
+        )
+        return {
+            "images": [image_processor.process_volume(volume)],
+            "prompt": [{"role": "user", "content": "-"}],
+            "completion": [{"role": "assistant", "content": "-"}],
+            "row": "none",
+        }
+
+
+def row_name(example: dict[str, Any]) -> str:
+    """How messages name a row: its number in the source, or its scans."""
+    if example.get("row") is not None:
+        return f"row {example['row']}"
+    return ", ".join(str(image) for image in _images(example) if isinstance(image, str)) or "a row without a number"
+
+
+def _images(example: dict[str, Any]) -> list[Any]:
+    if "images" in example:
+        return example["images"] or []
+    return [example["image"]]
+
+
+def _check_columns(example: dict[str, Any]) -> None:
+    if "messages" in example or "conversations" in example:
+        raise DataError(
+            "messages",
+            "in this form the text that steers the experts could hold the answer",
+            "Split every row into the columns prompt and completion, both lists of messages",
+        )
+    missing = [name for name in ("prompt", "completion") if not isinstance(example.get(name), list)]
+    if missing or not ("images" in example or "image" in example):
+        raise DataError(
+            row_name(example) if "images" in example or "image" in example else "a row",
+            f"has the columns {', '.join(sorted(example))}",
+            "Give images (a list of scans), prompt and completion (lists of messages) and, if known, task; "
+            "ct_moe.trainers.load_rows makes them of a file",
+        )
+
+
+__all__ = ["CTMoEDataCollator", "row_name"]

@@ -1,0 +1,345 @@
+# Copyright 2026 The CT-MoE authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Training in two stages: `train_two_stage`, and `train_stage`, which it calls for each.
+
+A stage that was cut off goes on from its last whole checkpoint; one that is finished is not done again. What a stage
+leaves is a folder that appears when it is complete: the model as AutoModel loads it, the adapter (if there is one) in
+`adapter`, and `training_report.json`, which says how it was made without naming files or folders.
+"""
+
+import json
+import logging
+import time
+from collections.abc import Callable
+from dataclasses import MISSING, asdict, fields
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from accelerate.utils import is_peft_model
+from datasets import Dataset, IterableDataset
+from transformers import TrainerCallback, set_seed
+
+import ct_moe
+from ct_moe import TrainingError
+from ct_moe.hub.folder import load_folder, new_folder, save_folder, write_folder
+
+from .checkpoints import last_checkpoint, remove_incomplete
+from .recipe import StageConfig, TwoStageRecipe
+from .rows import check_tasks, count_tasks, interleave_tasks, load_rows
+from .sft_trainer import CTMoESFTTrainer
+from .stages import TrainedPart, format_parts, prepare_stage, trained_parts
+
+
+if TYPE_CHECKING:
+    from ct_moe import CTMoEForConditionalGeneration, CTMoEProcessor
+
+logger = logging.getLogger(__name__)
+REPORT = "training_report.json"
+_LIBRARIES = ("torch", "transformers", "trl", "peft", "datasets", "accelerate")
+# Settings that say nothing about the result, or name folders, hosts and keys.
+_UNREPORTED = {"output_dir", "logging_dir", "volume_cache", "run_name", "hub_token", "push_to_hub_token", "deepspeed"}
+
+
+def train_two_stage(
+    model: "str | CTMoEForConditionalGeneration | None" = None,
+    processor: "CTMoEProcessor | None" = None,
+    dataset: Dataset | IterableDataset | str | None = None,
+    recipe: TwoStageRecipe | None = None,
+    *,
+    eval_dataset: Dataset | IterableDataset | str | None = None,
+    stages: tuple[int, ...] = (1, 2),
+    say: Callable[[str], None] = print,
+    callbacks: list[TrainerCallback] | None = None,
+) -> Path:
+    """Train a converted model: first what all tasks share, then what is special to each (arXiv 2604.10233).
+
+    Args:
+        model: folder or Hub id, by default the recipe's; or a model in memory, which is first saved as `start`.
+        processor: of a model in memory.
+        dataset: rows as `load_rows` makes them, or what it takes; by default the recipe's `train_data`.
+        recipe: settings.
+        eval_dataset: likewise, for evaluation.
+        stages: which to train. Stage 2 starts from the folder of stage 1.
+        say: gets what a user wants to read: the table of trained parts, where things are.
+        callbacks: of the trainer, for both stages.
+
+    Returns:
+        The folder of the last stage.
+
+    Raises:
+        DataError: rows that cannot be used.
+        ModelError: no such model.
+        TrainingError: settings that cannot work, a loss that is no number, too many unreadable scans, or SIGTERM.
+    """
+    if recipe is None:
+        raise TrainingError("recipe", "missing", "Pass a TwoStageRecipe, e.g. from load_recipe")
+    out = Path(recipe.output_dir)
+    train_rows = _rows(dataset, recipe.train_data, recipe.train_split, recipe)
+    if train_rows is None:
+        raise TrainingError("train_data", "missing", "Name a data set in the recipe, or pass one")
+    eval_rows = _rows(eval_dataset, recipe.eval_data, recipe.eval_split, recipe)
+    start = model or recipe.model
+    if start is None:
+        raise TrainingError("model", "missing", "Name a model in the recipe, or pass one")
+    if not isinstance(start, str | Path):
+        start = _save_start(start, processor, out / "start", recipe.stage1)
+    revision = recipe.model_revision
+    for number in sorted(stages):
+        if number == 2:
+            start, revision = out / "stage1", None
+            if not (start / REPORT).is_file():
+                raise TrainingError(start, "is no finished stage 1", "Train stage 1 first, with the same output_dir")
+        train_stage(
+            str(start),
+            recipe.stage1 if number == 1 else recipe.stage2,
+            train_rows,
+            out / f"stage{number}",
+            eval_dataset=eval_rows,
+            revision=revision,
+            intended_scope=recipe.intended_scope,
+            say=say,
+            callbacks=callbacks,
+        )
+    return out / f"stage{max(stages)}"
+
+
+def train_stage(
+    model: str,
+    stage: StageConfig,
+    dataset: Dataset | IterableDataset,
+    out: str | Path,
+    *,
+    eval_dataset: Dataset | IterableDataset | None = None,
+    revision: str | None = None,
+    intended_scope: str | None = None,
+    say: Callable[[str], None] = print,
+    callbacks: list[TrainerCallback] | None = None,
+) -> Path:
+    """Train one stage, or go on with it, and write its folder.
+
+    Args:
+        model: folder or Hub id it starts from.
+        stage: settings; `stage.output_dir` holds checkpoints and logs.
+        dataset: rows.
+        out: folder to create.
+        eval_dataset: rows for evaluation.
+        revision: branch, tag or commit of a Hub repository.
+        intended_scope: stored in the model's config.
+        say, callbacks: as in `train_two_stage`.
+
+    Returns:
+        `out`.
+
+    Raises:
+        As `train_two_stage`.
+    """
+    out = Path(out)
+    settings = _reported_settings(stage)
+    if (out / REPORT).is_file():
+        _check_same_settings(out, settings)
+        _say(stage, say, f"{out} is finished: nothing to do")
+        return out
+    set_seed(stage.seed)
+    network, processor, _ = load_folder(
+        model,
+        revision=revision,
+        dtype=stage.dtype,
+        quantization_config=_quantization(stage),
+        attn_implementation=stage.attn_implementation,
+    )
+    tasks = list(network.config.tasks)
+    dataset = check_tasks(dataset, tasks)
+    if eval_dataset is not None:
+        eval_dataset = check_tasks(eval_dataset, tasks)
+    counts = count_tasks(dataset) if isinstance(dataset, Dataset) else None
+    if stage.even_tasks:
+        dataset = interleave_tasks(dataset, seed=stage.seed, tasks=[*tasks, None])
+    network = prepare_stage(network, stage)
+    parts = trained_parts(network, stage)
+    _say(stage, say, f"{out.name}: from {model}\n{format_parts(parts)}")
+
+    trainer = CTMoESFTTrainer(
+        model=network,
+        args=stage,
+        train_dataset=dataset,
+        eval_dataset=eval_dataset,
+        processing_class=processor,
+        callbacks=callbacks,
+    )
+    checkpoint = last_checkpoint(stage.output_dir)
+    trainer.accelerator.wait_for_everyone()
+    if trainer.is_world_process_zero():
+        remove_incomplete(stage.output_dir)
+    if checkpoint is not None:
+        _say(stage, say, f"{out.name}: going on from {checkpoint}")
+    started = time.monotonic()
+    result = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    if trainer.signals.received:
+        raise TrainingError(
+            out.name, f"ended by SIGTERM after step {trainer.state.global_step}", "Run the same again to go on"
+        )
+    report = {
+        "stage": out.name,
+        "ct_moe": ct_moe.__version__,
+        "versions": {name: version(name) for name in _LIBRARIES},
+        "settings": settings,
+        "parts": [asdict(part) for part in parts],
+        "tasks": tasks,
+        "rows": counts,
+        "rows_skipped": trainer.rows_failed,
+        "steps": trainer.state.global_step,
+        "processes": trainer.accelerator.num_processes,
+        "device": _device_name(trainer.args.device),
+        "seconds_since_start_or_resume": round(time.monotonic() - started, 1),
+        "train_loss": result.metrics.get("train_loss"),
+        "log": trainer.state.log_history,
+    }
+    _write_stage(trainer, model, revision, out, report, intended_scope)
+    _say(stage, say, f"{out.name}: wrote {out}")
+    return out
+
+
+def _rows(dataset, source: str | None, split: str, recipe: TwoStageRecipe) -> Dataset | IterableDataset | None:
+    source = source if dataset is None else dataset
+    if source is None:
+        return None
+    return load_rows(source, split=split, streaming=recipe.streaming, revision=recipe.data_revision)
+
+
+def _save_start(model, processor, folder: Path, stage: StageConfig) -> Path:
+    """Stages start from folders, so that an adapter has something to be loaded onto."""
+    if processor is None:
+        raise TrainingError("processor", "missing beside a model in memory", "Pass the model's processor")
+    if stage.should_save and not folder.is_dir():
+        save_folder(model, processor, folder)
+    if torch.distributed.is_initialized():
+        torch.distributed.barrier()
+    return folder
+
+
+def _quantization(stage: StageConfig):
+    if stage.quantization == "none":
+        return None
+    from transformers import BitsAndBytesConfig
+    from transformers.utils import is_bitsandbytes_available
+
+    if not is_bitsandbytes_available():
+        raise TrainingError("quantization", "bitsandbytes is not installed", 'Run: pip install "ct-moe[train,quant]"')
+    # The language model only: what sees the scan is small and trained.
+    skipped = ["lm_head", "vision_tower", "multi_modal_projector", "guide_encoder", "task_router", "slice_scoring"]
+    skipped += ["volume_encoder", "volume_projector"]
+    return BitsAndBytesConfig(
+        load_in_4bit=stage.quantization == "4bit",
+        load_in_8bit=stage.quantization == "8bit",
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16 if stage.bf16 else torch.float32,
+        llm_int8_skip_modules=skipped,
+    )
+
+
+def _write_stage(
+    trainer: CTMoESFTTrainer,
+    start: str,
+    revision: str | None,
+    out: Path,
+    report: dict[str, Any],
+    intended_scope: str | None,
+) -> None:
+    """Write a stage's folder. All processes take part: parameters may be spread over them."""
+    stage = trainer.args
+    adapter = Path(stage.output_dir) / "adapter"
+    has_adapter = is_peft_model(trainer.accelerator.unwrap_model(trainer.model))
+    if has_adapter:
+        trainer.save_model(str(adapter), _internal_call=True)
+        trainer.accelerator.wait_for_everyone()
+        state_dict = None
+    else:
+        state_dict = trainer.accelerator.get_state_dict(trainer.model_wrapped)
+    if trainer.is_world_process_zero():
+        with new_folder(out) as folder:
+            if has_adapter:
+                _write_adapter(adapter, start, revision, stage, trainer, folder, intended_scope)
+            else:
+                network = trainer.accelerator.unwrap_model(trainer.model)
+                _write_network(network, trainer, folder, intended_scope, state_dict)
+            (folder / REPORT).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
+    trainer.accelerator.wait_for_everyone()
+
+
+def _write_adapter(
+    adapter: Path,
+    start: str,
+    revision: str | None,
+    stage: StageConfig,
+    trainer: CTMoESFTTrainer,
+    folder: Path,
+    intended_scope: str | None,
+) -> None:
+    """The adapter, and the model it was trained on with it merged: read again, unquantised and in one piece."""
+    from peft import PeftModel
+
+    network, _, _ = load_folder(start, revision=revision, dtype=stage.dtype)
+    network.set_task_groups(stage.train_task_groups != "off")
+    peft_model = PeftModel.from_pretrained(network, str(adapter))
+    target = folder / "adapter" if stage.merge_adapter else folder
+    peft_model.save_pretrained(target)
+    if stage.merge_adapter:
+        _write_network(peft_model.merge_and_unload(safe_merge=True), trainer, folder, intended_scope)
+    else:
+        trainer.processing_class.save_pretrained(folder)
+
+
+def _write_network(network, trainer, folder: Path, intended_scope: str | None, state_dict=None) -> None:
+    if intended_scope is not None:
+        network.config.intended_scope = intended_scope
+    network.config.use_cache = True
+    write_folder(network, trainer.processing_class, folder, state_dict=state_dict)
+
+
+def _reported_settings(stage: StageConfig) -> dict[str, Any]:
+    """Settings that differ from the defaults of the class, without what belongs to this machine."""
+    values = stage.to_dict()
+    settings = {}
+    for field in fields(stage):
+        # Not from an instance made of defaults: it would set up the processes of this run anew.
+        default = field.default if field.default_factory is MISSING else field.default_factory()
+        if field.name in values and field.name not in _UNREPORTED and values[field.name] != default:
+            settings[field.name] = values[field.name]
+    return json.loads(json.dumps(settings))
+
+
+def _check_same_settings(out: Path, settings: dict[str, Any]) -> None:
+    before = json.loads((out / REPORT).read_text(encoding="utf-8"))["settings"]
+    changed = sorted(name for name in before.keys() | settings.keys() if before.get(name) != settings.get(name))
+    if changed:
+        raise TrainingError(
+            out,
+            f"was trained with other settings of {', '.join(changed)}",
+            "Name another output_dir, or remove this folder and the one it was trained in",
+        )
+
+
+def _say(stage: StageConfig, say: Callable[[str], None], text: str) -> None:
+    if stage.process_index == 0:
+        say(text)
+
+
+def _device_name(device: torch.device) -> str:
+    return torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+
+
+__all__ = ["TrainedPart", "train_stage", "train_two_stage"]
