@@ -1490,11 +1490,6 @@ class CTMoEForConditionalGeneration(CTMoEPreTrainedModel, GenerationMixin):
         CTMoEConfig(**{**self.config.to_dict(), "tasks": tasks})  # refuses a name that is taken or empty
         self.config.tasks = tasks
 
-    def set_task_groups(self, active: bool) -> None:
-        """Lets the task groups take part or leaves them out (`use_task_groups` of the config); no weight changes."""
-        for config in (self.config.vision_config, self.model.vision_tower.config):
-            config.use_task_groups = active
-
     def _task_index(self, name: str) -> int:
         if name not in self.config.tasks:
             known = ", ".join(self.config.tasks) or "none"

@@ -59,7 +59,7 @@ class StageConfig(CTMoESFTConfig):
             As in [`~peft.LoraConfig`].
         merge_adapter (`bool`, *optional*, defaults to `True`):
             Whether the stage leaves a whole model with the adapter merged, beside the adapter itself. `False`: the
-            adapter alone, which `AutoModel` loads onto the model it was trained on.
+            adapter alone, which `AutoModel` loads onto the model it was trained on. Not with task groups that are off.
 
         > Parameters that control the model and the data
 
@@ -112,6 +112,8 @@ class StageConfig(CTMoESFTConfig):
                 f"{self.lora_r} and {self.lora_dropout}",
                 "Choose 1 or more, and below 1",
             )
+        if not self.merge_adapter and self.train_task_groups == "off":
+            yield "merge_adapter", "False, but an adapter cannot say that the task groups are off", "Leave it at True"
         if self.quantization != "none" and self.train_language_model == "full":
             yield "train_language_model", "full, on quantised weights", "Choose lora, or quantization: none"
         if self.quantization != "none" and self.shards_parameters:

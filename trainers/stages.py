@@ -15,6 +15,7 @@
 
 - `TRAINABLE_PARTS`: the rows of the table and the choices each has.
 - `prepare_stage`: a model -> the same with the right parameters trained, in a PEFT adapter where one is asked for.
+- `use_task_groups`: switches the experts of the tasks on or off.
 - `hold_frozen_experts`: keeps the experts of a frozen group as they are, which share tensors with trained ones.
 - `trained_parts`: how many parameters of every part are trained and frozen, and `format_parts`, the same as text.
 - `part_of_parameters`: parameter name -> part, for learning rates.
@@ -93,7 +94,7 @@ def prepare_stage(
         raise TrainingError(
             "train_language_model", "full, on quantised weights", "Train it by lora, or load it unquantised"
         )
-    model.set_task_groups(modes["task_groups"] != "off")
+    use_task_groups(model, modes["task_groups"] != "off")
     parts = part_of_parameters(model)
     vision = model.config.vision_config
     groups = {"shared_group": vision.num_shared_experts, "task_groups": vision.num_task_experts * vision.num_tasks}
@@ -113,6 +114,12 @@ def prepare_stage(
     if not any(parameter.requires_grad for parameter in model.parameters()):
         raise TrainingError("train_*", "every part of this model is frozen", "Train at least one part")
     return model
+
+
+def use_task_groups(model: CTMoEForConditionalGeneration, active: bool) -> None:
+    """Let the task groups take part, or leave them out (`use_task_groups` of the vision config). No weight changes."""
+    for config in (model.config.vision_config, model.model.vision_tower.config):
+        config.use_task_groups = active
 
 
 def hold_frozen_experts(model: nn.Module) -> None:

@@ -40,7 +40,7 @@ from .checkpoints import last_checkpoint, remove_incomplete
 from .recipe import StageConfig, TwoStageRecipe
 from .rows import check_tasks, count_tasks, interleave_tasks, load_rows
 from .sft_trainer import CTMoESFTTrainer
-from .stages import TrainedPart, format_parts, prepare_stage, trained_parts
+from .stages import TrainedPart, format_parts, prepare_stage, trained_parts, use_task_groups
 
 
 if TYPE_CHECKING:
@@ -166,7 +166,7 @@ def train_stage(
         eval_dataset = check_tasks(eval_dataset, tasks)
     counts = count_tasks(dataset) if isinstance(dataset, Dataset) else None
     if stage.even_tasks:
-        dataset = interleave_tasks(dataset, seed=stage.seed, tasks=[*tasks, None])
+        dataset = interleave_tasks(dataset, seed=stage.seed, tasks=tasks)
     network = prepare_stage(network, stage)
     parts = trained_parts(network, stage)
     _say(stage, say, f"{out.name}: from {model}\n{format_parts(parts)}")
@@ -293,10 +293,11 @@ def _write_adapter(
     from peft import PeftModel
 
     network, _, _ = load_folder(start, revision=revision, dtype=stage.dtype)
-    network.set_task_groups(stage.train_task_groups != "off")
+    use_task_groups(network, stage.train_task_groups != "off")
     peft_model = PeftModel.from_pretrained(network, str(adapter))
     target = folder / "adapter" if stage.merge_adapter else folder
     peft_model.save_pretrained(target)
+    (target / "README.md").unlink(missing_ok=True)  # PEFT's card: a form to fill in
     if stage.merge_adapter:
         _write_network(peft_model.merge_and_unload(safe_merge=True), trainer, folder, intended_scope)
     else:

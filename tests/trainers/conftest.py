@@ -1,0 +1,91 @@
+# Copyright 2026 The CT-MoE authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Scans, rows and settings that the training tests share."""
+
+import warnings
+
+import pytest
+import torch
+from datasets import Dataset
+from toy_rows import ANSWERS, TASKS, row
+
+from ct_moe.trainers.phantom import write_phantom
+
+
+@pytest.fixture(scope="session")
+def scans(tmp_path_factory) -> list[str]:
+    """Four phantoms, of 3 to 6 slices."""
+    folder = tmp_path_factory.mktemp("scans")
+    return [
+        str(write_phantom(folder / f"scan{seed}.nii.gz", seed=seed, shape=(3 + seed, 24, 24))) for seed in range(4)
+    ]
+
+
+@pytest.fixture
+def rows(scans) -> Dataset:
+    """Six rows: every task about two scans, with other answers for each."""
+    return Dataset.from_list(
+        [
+            row(2 * number + scan + 1, task, ANSWERS[task][scan], [scans[scan]])
+            for number, task in enumerate(TASKS)
+            for scan in range(2)
+        ]
+    )
+
+
+@pytest.fixture
+def settings(tmp_path) -> dict:
+    """Settings of a run of a few steps on one core, the same every time."""
+    return {
+        "output_dir": str(tmp_path / "training"),
+        "use_cpu": True,
+        "max_steps": 3,
+        "per_device_train_batch_size": 2,
+        "learning_rate": 1e-2,
+        "learning_rates": None,
+        "lr_scheduler_type": "constant",
+        "warmup_steps": 0,
+        "logging_steps": 1,
+        "save_strategy": "no",
+        "dataloader_num_workers": 0,
+        "activation_checkpointing": False,
+        "disable_tqdm": True,
+        "generate_samples": 0,
+    }
+
+
+@pytest.fixture(autouse=True)
+def _quiet_and_reproducible():
+    """One thread (two on tiny matrices wait for each other), no warnings of the libraries about their own future."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    with warnings.catch_warnings():
+        # TRL and PEFT still use the old name of activation checkpointing.
+        warnings.filterwarnings("ignore", "`(is_)?gradient_checkpointing\\w*` is deprecated", FutureWarning)
+        yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def trained_model(model_folder):
+    """A converted tiny model whose experts are not zero, as after training, and its processor."""
+    from ct_moe.hub.folder import load_folder
+
+    model, processor, _ = load_folder(str(model_folder), dtype="float32")
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if ".moe." in name or "guide_encoder" in name or "task_router" in name or "scale_embedding" in name:
+                parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
+    return model, processor

@@ -1,0 +1,46 @@
+# Copyright 2026 The CT-MoE authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Rows of the training tests."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+
+TASKS = ["report", "vqa_closed", "vqa_open"]
+PROMPTS = {
+    "report": "Write a radiology report for this CT scan.",
+    "vqa_closed": "Is there a nodule? Choices: A. Yes B. No",
+    "vqa_open": "Where is the nodule?",
+}
+ANSWERS = {
+    "report": ["Findings: a nodule. Impression: follow up.", "Findings: clear lungs. Impression: normal."],
+    "vqa_closed": ["A. Yes", "B. No"],
+    "vqa_open": ["right upper lobe", "nowhere"],
+}
+
+
+def row(number: int, task: str, answer: str, scans: list[str], prompt: str | None = None) -> dict:
+    return {
+        "images": scans,
+        "prompt": [{"role": "user", "content": prompt or PROMPTS[task]}],
+        "completion": [{"role": "assistant", "content": answer}],
+        "task": task,
+        "row": number,
+    }
+
+
+def records(path: str | Path) -> list[dict[str, Any]]:
+    """Of a JSONL file."""
+    return [json.loads(line) for line in Path(path).read_text(encoding="utf-8").splitlines()]
