@@ -15,7 +15,7 @@
 
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypedDict
 
@@ -153,7 +153,7 @@ class CTMoEImageProcessor(BaseImageProcessor):
                 means several scans; a series that is a list of files goes through `load_volume` first.
 
         Returns:
-            The same nesting, of `Volume` objects.
+            The same nesting, of `Volume` objects; scans that are processed already stay what they are.
         """
         return self._fetch(images, self.intensity, self.reorient)
 
@@ -162,7 +162,8 @@ class CTMoEImageProcessor(BaseImageProcessor):
         r"""
         images (`Volume`, `str`, `list`):
             One scan, or a (nested) list of them: a `Volume`, a path, or anything `load_volume` takes. Paths are loaded
-            in threads and dropped as soon as they are processed.
+            in threads and dropped as soon as they are processed. A scan may also be what `process_volume` gave for it
+            under these settings: it is used as it is, and copied.
 
         Returns:
             [`BatchFeature`] with V volumes in order and S slices, padded to the longest with zeros:
@@ -173,19 +174,38 @@ class CTMoEImageProcessor(BaseImageProcessor):
             - **patch_mask** (`bool` of shape `(V, S, h, w)`): `False` where a patch holds nothing above -900 HU.
             - **volume_scale** (`float32` of shape `(V, 2)`): log(field of view / 400 mm), log(slab / 5 mm).
         """
-        self._refuse(set(kwargs) - set(self._valid_kwargs_names))
-        settings = {name: getattr(self, name) for name in self._valid_kwargs_names} | kwargs
-        settings = self._standardize_kwargs(**settings)
-        return_tensors = settings.pop("return_tensors")
-
+        settings = self._call_settings(kwargs)
         images = list(_leaves(images))
         if not images:
             raise VolumeError("images", "an empty list of scans", "Pass at least one scan")
 
-        def process(image) -> dict[str, Any]:
-            return self._process_volume(self._fetch(image, settings["intensity"], settings["reorient"]), **settings)
+        def process(image) -> dict[str, np.ndarray]:
+            if not _is_row(image):
+                return self._process_volume(_load(image, **settings), **settings)
+            row = _checked_row(image, **settings)
+            # A single row is not copied when it is stacked, and this one is the caller's.
+            return row if len(images) > 1 else {name: values.copy() for name, values in row.items()}
 
-        return BatchFeature(_pad_and_stack(_in_threads(process, images)), tensor_type=return_tensors)
+        return BatchFeature(_pad_and_stack(_in_threads(process, images)), tensor_type=settings["return_tensors"])
+
+    def process_volume(self, volume, **kwargs: Unpack[CTMoEImageProcessorKwargs]) -> dict[str, np.ndarray]:
+        """One scan's row of every output, to be kept and handed to `preprocess` later in place of the scan.
+
+        Args:
+            volume: a `Volume`, or anything `load_volume` takes; a list is the files of one series.
+            **kwargs: settings for this call, as in `preprocess`.
+
+        Returns:
+            The outputs of `preprocess` as NumPy arrays, without the axis of volumes and without padding.
+
+        Raises:
+            VolumeError: the scan cannot be loaded, or does not fit the settings.
+            ModelError: a setting is unknown or cannot be.
+        """
+        if kwargs.get("return_tensors") is not None:
+            raise ModelError("return_tensors", "a row is always NumPy arrays", "Leave it out")
+        settings = self._call_settings(kwargs)
+        return self._process_volume(_load(volume, **settings), **settings)
 
     def _process_volume(
         self,
@@ -273,11 +293,16 @@ class CTMoEImageProcessor(BaseImageProcessor):
         }
 
     def _fetch(self, images, intensity: str, reorient: bool):
-        def load(image) -> Volume:
-            return image if _is_volume(image) else load_volume(image, intensity=intensity, reorient=reorient)
+        def load(image):
+            return image if _is_row(image) else _load(image, intensity, reorient)
 
         loaded = iter(_in_threads(load, list(_leaves(images))))
         return _map_leaves(lambda _: next(loaded), images)
+
+    def _call_settings(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """Every setting of one call: the processor's own, overridden by those of the call."""
+        self._refuse(set(kwargs) - set(self._valid_kwargs_names))
+        return self._standardize_kwargs(**{name: getattr(self, name) for name in self._valid_kwargs_names} | kwargs)
 
     def _standardize_kwargs(self, **settings) -> dict[str, Any]:
         """Checks every setting and brings it to the form in which it is kept: called when set and when overridden."""
@@ -397,6 +422,44 @@ def _pad_and_stack(rows: list[dict[str, np.ndarray]]) -> dict[str, torch.Tensor]
             batch[index, : len(values)] = values
         stacked[name] = torch.from_numpy(batch)
     return stacked | {"volume_scale": scale}
+
+
+def _load(image, intensity: str, reorient: bool, **kwargs) -> Volume:
+    return image if _is_volume(image) else load_volume(image, intensity=intensity, reorient=reorient)
+
+
+def _is_row(image) -> bool:
+    # `load_volume` takes mappings too, of a path and bytes.
+    return isinstance(image, Mapping) and not image.keys().isdisjoint(CTMoEImageProcessor.model_input_names)
+
+
+def _checked_row(row: Mapping, size: SizeDict, patch_size: int, **kwargs) -> dict[str, np.ndarray]:
+    """What `process_volume` gave, in a new dict, if it is whole and its slices are of the size that is asked for."""
+    remedy = "Pass what process_volume gives with the same settings"
+    names = CTMoEImageProcessor.model_input_names
+    missing = [name for name in names if name not in row]
+    if missing:
+        found = ", ".join(name for name in names if name in row)
+        raise VolumeError("images", f"a processed scan with {found} and without {', '.join(missing)}", remedy)
+    height, width = size["height"], size["width"]
+    depth = max([1, *getattr(row["pixel_values"], "shape", ())[:1]])
+    expected = {
+        "pixel_values": (np.float32, (depth, 3, height, width)),
+        "slice_mask": (np.bool, (depth,)),
+        "slice_positions": (np.int32, (depth,)),
+        "patch_mask": (np.bool, (depth, height // patch_size, width // patch_size)),
+        "volume_scale": (np.float32, (2,)),
+    }
+    for name, (dtype, shape) in expected.items():
+        values = row[name]
+        if not isinstance(values, np.ndarray) or values.dtype != dtype or values.shape != shape:
+            is_array = hasattr(values, "dtype") and hasattr(values, "shape")
+            found = f"{values.dtype} {tuple(values.shape)}" if is_array else type(values).__name__
+            wanted = f"{np.dtype(dtype)} {shape}"
+            raise VolumeError(
+                "images", f"a processed scan whose {name} is {found}, where an array {wanted} is expected", remedy
+            )
+    return {name: row[name] for name in expected}
 
 
 def _is_volume(image) -> bool:

@@ -85,6 +85,8 @@ class CTMoESFTTrainer(SFTTrainer):
         if args.volume_cache is not None:
             cache = VolumeCache(args.volume_cache, processing_class.image_processor, args.volume_cache_gb)
         collator = CTMoEDataCollator(processing_class, volume_cache=cache, on_error=args.on_error)
+        # Beside quantised weights TRL casts what is trained to bfloat16, in which small updates are lost.
+        exact = [(parameter, parameter.data) for parameter in model.parameters() if parameter.requires_grad]
         super().__init__(
             model=model,
             args=args,
@@ -94,6 +96,9 @@ class CTMoESFTTrainer(SFTTrainer):
             callbacks=callbacks,
             **kwargs,
         )
+        for parameter, data in exact:
+            if parameter.dtype != data.dtype:
+                parameter.data = data.to(parameter.device)
         launched = int(os.environ.get("WORLD_SIZE", 1))
         if launched != self.accelerator.num_processes:
             raise TrainingError(

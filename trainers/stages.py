@@ -108,7 +108,8 @@ def prepare_stage(
         # First and last row of those that stay as they are.
         experts.held_rows = held[trained_groups[0]] if len(trained_groups) == 1 else None
     for name, parameter in model.named_parameters():
-        parameter.requires_grad_(name in trained)
+        if parameter.is_floating_point():  # not the packed weights of a quantised layer
+            parameter.requires_grad_(name in trained)
     if lora:
         model = _with_adapter(model, stage, [name for name, part in parts.items() if part in lora], trained)
     if not any(parameter.requires_grad for parameter in model.parameters()):

@@ -238,16 +238,14 @@ def _quantization(stage: StageConfig):
 
     if not is_bitsandbytes_available():
         raise TrainingError("quantization", "bitsandbytes is not installed", 'Run: pip install "ct-moe[train,quant]"')
-    # The language model only: what sees the scan is small and trained.
-    skipped = ["lm_head", "vision_tower", "multi_modal_projector", "guide_encoder", "task_router", "slice_scoring"]
-    skipped += ["volume_encoder", "volume_projector"]
     return BitsAndBytesConfig(
         load_in_4bit=stage.quantization == "4bit",
         load_in_8bit=stage.quantization == "8bit",
         bnb_4bit_quant_type="nf4",
         bnb_4bit_use_double_quant=True,
         bnb_4bit_compute_dtype=torch.bfloat16 if stage.bf16 else torch.float32,
-        llm_int8_skip_modules=skipped,
+        # The language model only: what sees the scan is small, and trained.
+        llm_int8_skip_modules=[r"model\.(?!language_model\.).*", "lm_head"],
     )
 
 
@@ -307,7 +305,6 @@ def _write_adapter(
 def _write_network(network, trainer, folder: Path, intended_scope: str | None, state_dict=None) -> None:
     if intended_scope is not None:
         network.config.intended_scope = intended_scope
-    network.config.use_cache = True
     write_folder(network, trainer.processing_class, folder, state_dict=state_dict)
 
 

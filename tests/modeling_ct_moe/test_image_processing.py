@@ -521,3 +521,115 @@ def test_captions_name_window_and_reduction():
     assert CTMoEImageProcessor().channel_names[1] == "soft tissue C 40 W 400 HU, mean"
     free = CTMoEImageProcessor(windows=[(0, 1), (1, 2), (2, 3)], slab_reduction=["mean", "max", "nearest"])
     assert free.channel_names[1] == "window C 1 W 2 HU, max"
+
+
+# ---- scans that are processed already
+
+
+def three_volumes() -> list[Volume]:
+    return [a_volume(3, 40, 40, seed=1), a_volume(9, 30, 50, seed=2), a_volume(1, 20, 20, seed=3)]
+
+
+def assert_same(first, second):
+    assert list(first) == list(second) == list(OUTPUTS)
+    for name in OUTPUTS:
+        assert first[name].dtype == second[name].dtype
+        assert np.array_equal(np.asarray(first[name]), np.asarray(second[name]))
+
+
+def test_a_row_is_what_a_batch_of_one_holds():
+    processor, volume = CTMoEImageProcessor(**SMALL), a_volume()
+    for kwargs in ({}, {"num_slices": 5, "windows": "wide", "size": 56}):
+        row = processor.process_volume(volume, **kwargs)
+        assert all(isinstance(values, np.ndarray) for values in row.values())
+        outputs = processor(volume, return_tensors="np", **kwargs)
+        assert_same(row, {name: values[0] for name, values in outputs.items()})
+    assert processor.num_slices is None
+
+
+@pytest.mark.parametrize("kept", [(0,), (1,), (0, 2), (0, 1, 2)])
+def test_processed_scans_give_the_batch_of_their_volumes(kept):
+    processor, volumes = CTMoEImageProcessor(**SMALL), three_volumes()
+    images = [processor.process_volume(volume) if i in kept else volume for i, volume in enumerate(volumes)]
+    assert_same(processor([images[0], [images[1:]]]), processor(volumes))
+    assert_same(processor(images[kept[0]]), processor(volumes[kept[0]]))
+
+
+def test_a_processed_scan_is_not_touched():
+    processor, volumes = CTMoEImageProcessor(**SMALL), three_volumes()
+    rows = [processor.process_volume(volume) for volume in volumes]
+    copies = [{name: values.copy() for name, values in row.items()} for row in rows]
+    for row in rows:
+        for values in row.values():
+            values.flags.writeable = False  # as from a file that is mapped into memory
+    for batch in (processor(rows), processor(rows[0]), processor([rows[1], rows[1]])):
+        for values in batch.values():
+            values.zero_()
+    for row, copy in zip(rows, copies):
+        assert_same(row, copy)
+    assert processor.fetch_images([rows[0], volumes[0]]) == [rows[0], volumes[0]]
+
+
+def test_a_series_is_one_scan_and_stored_scans_may_be_mappings(test_data):
+    processor = CTMoEImageProcessor(**SMALL)
+    path = test_data / "totalseg" / "example_ct_sm.nii.gz"
+    expected = processor.process_volume(str(path))
+    for stored in ({"path": str(path), "bytes": None}, {"path": None, "bytes": path.read_bytes()}):
+        assert_same(processor.process_volume(stored), expected)
+        assert_same(processor([stored, stored]), processor([str(path), expected]))
+    folder = test_data / "ibsi" / "STS_002_CT"
+    files = sorted(path for path in folder.rglob("*") if path.suffix == ".dcm")
+    assert_same(processor.process_volume(files), processor.process_volume(folder))
+
+
+@pytest.mark.parametrize(
+    ("change", "finding"),
+    [
+        (
+            {"pixel_values": None},
+            "with slice_mask, slice_positions, patch_mask, volume_scale and without pixel_values",
+        ),
+        ({"patch_mask": None, "volume_scale": None}, "and without patch_mask, volume_scale"),
+        (
+            {"pixel_values": np.zeros((3, 3, 56, 56), np.float32)},
+            r"float32 \(3, 3, 56, 56\), .* float32 \(3, 3, 28, 28",
+        ),
+        ({"pixel_values": np.zeros((1, 3, 3, 28, 28), np.float32)}, r"pixel_values is float32 \(1, 3, 3, 28, 28\)"),
+        ({"pixel_values": np.zeros((3, 3, 28, 28), np.float16)}, "pixel_values is float16"),
+        ({"pixel_values": torch.zeros(3, 3, 28, 28)}, r"pixel_values is torch.float32 \(3, 3, 28, 28\)"),
+        ({"pixel_values": [[0.0]]}, "pixel_values is list"),
+        ({"pixel_values": np.float32(0)}, r"pixel_values is float32 \(\)"),
+        ({"pixel_values": np.zeros((0, 3, 28, 28), np.float32)}, r"pixel_values is float32 \(0, 3, 28, 28\)"),
+        ({"slice_mask": np.ones(4, bool)}, r"slice_mask is bool \(4,\), where an array bool \(3,\) is expected"),
+        ({"slice_positions": np.zeros(3)}, "slice_positions is float64"),
+        ({"patch_mask": np.ones((3, 4, 4), bool)}, r"patch_mask is bool \(3, 4, 4\), where an array bool \(3, 2, 2\)"),
+        ({"volume_scale": np.zeros((1, 2), np.float32)}, r"volume_scale is float32 \(1, 2\)"),
+    ],
+)
+def test_a_processed_scan_that_does_not_fit_is_refused(change, finding):
+    processor = CTMoEImageProcessor(**SMALL)
+    row = processor.process_volume(three_volumes()[0]) | change
+    row = {name: values for name, values in row.items() if values is not None}
+    for images in (row, [a_volume(), row]):
+        with pytest.raises(VolumeError, match=finding):
+            processor(images)
+
+
+def test_a_processed_scan_is_refused_under_another_size():
+    row = CTMoEImageProcessor(**SMALL).process_volume(a_volume())
+    for kwargs in ({"size": 56}, {"patch_size": 7}):
+        with pytest.raises(VolumeError, match="process_volume gives with the same settings"):
+            CTMoEImageProcessor(**SMALL)(row, **kwargs)
+        with pytest.raises(VolumeError):
+            CTMoEImageProcessor(**{**SMALL, **kwargs})(row)
+
+
+def test_a_mapping_that_is_no_scan_is_refused():
+    with pytest.raises(VolumeError, match="neither path nor bytes"):
+        CTMoEImageProcessor()({"labels": 1})
+
+
+@pytest.mark.parametrize("setting", [{"windows": "liver"}, {"do_resize": False}, {"return_tensors": "pt"}])
+def test_a_bad_setting_of_one_row_is_refused(setting):
+    with pytest.raises(ModelError, match=next(iter(setting))):
+        CTMoEImageProcessor().process_volume(a_volume(), **setting)

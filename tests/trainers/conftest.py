@@ -34,10 +34,10 @@ def scans(tmp_path_factory) -> list[str]:
 
 @pytest.fixture
 def rows(scans) -> Dataset:
-    """Six rows: every task about two scans, with other answers for each."""
+    """Six rows: every task about two scans, the shortest and the longest, with other answers for each."""
     return Dataset.from_list(
         [
-            row(2 * number + scan + 1, task, ANSWERS[task][scan], [scans[scan]])
+            row(2 * number + scan + 1, task, ANSWERS[task][scan], [scans[3 * scan]])
             for number, task in enumerate(TASKS)
             for scan in range(2)
         ]

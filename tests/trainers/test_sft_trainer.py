@@ -397,6 +397,15 @@ def test_an_adapter_that_would_swallow_the_task_labels_is_refused(exact, rows, s
         make_trainer(wrapped, processor, rows, Stage2Config(**settings))
 
 
+def test_processes_that_are_not_connected_are_refused(exact, rows, settings, monkeypatch):
+    # Each would train on all rows, and overwrite what the other wrote.
+    model, processor = exact
+    stage = Stage2Config(**settings, train_language_model="frozen")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(TrainingError, match="2 were launched but each trains on its own"):
+        make_trainer(prepare_stage(model, stage), processor, rows, stage)
+
+
 def test_plain_settings_of_trl_are_refused(exact, rows, tmp_path):
     from trl import SFTConfig
 
@@ -405,7 +414,7 @@ def test_plain_settings_of_trl_are_refused(exact, rows, tmp_path):
         make_trainer(model, processor, rows, SFTConfig(output_dir=str(tmp_path), use_cpu=True, bf16=False))
 
 
-def test_checkpointing_compilation_and_cache_change_no_loss(exact, rows, settings, tmp_path):
+def test_checkpointing_cache_and_workers_change_no_loss(exact, rows, settings, tmp_path):
     model, processor = exact
     losses = {}
     for name, extra in {
@@ -424,6 +433,22 @@ def test_checkpointing_compilation_and_cache_change_no_loss(exact, rows, setting
     for name, found in losses.items():
         assert found == pytest.approx(losses["plain"], rel=1e-5), name
     assert len(list((tmp_path / "cache").glob("*.safetensors"))) == 2
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # of the compiler, about what it leaves to Python
+def test_compilation_changes_no_loss(exact, rows, settings):
+    model, processor = exact
+    losses = []
+    for compiled in (False, True):
+        copy = deepcopy(model)
+        extra = {"torch_compile": compiled, "max_steps": 2, "train_sampling_strategy": "sequential"}
+        stage = Stage2Config(**settings | extra, train_language_model="full")
+        trainer = make_trainer(prepare_stage(copy, stage), processor, rows, stage)
+        trainer.train()
+        logs = [log for log in trainer.state.log_history if "loss" in log]
+        losses.append([log[name] for log in logs for name in ("loss", "aux_loss", "task_loss")])
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
 
 
 def test_bfloat16_autocast_trains_near_float32(exact, rows, settings):

@@ -17,15 +17,17 @@ import json
 from pathlib import Path
 from typing import Any
 
+from ct_moe.pipeline_ct_moe import REPORT_PROMPT
+
 
 TASKS = ["report", "vqa_closed", "vqa_open"]
 PROMPTS = {
-    "report": "Write a radiology report for this CT scan.",
+    "report": REPORT_PROMPT,
     "vqa_closed": "Is there a nodule? Choices: A. Yes B. No",
     "vqa_open": "Where is the nodule?",
 }
 ANSWERS = {
-    "report": ["Findings: a nodule. Impression: follow up.", "Findings: clear lungs. Impression: normal."],
+    "report": ["Findings: a nodule.\nImpression: follow up.", "Findings: clear lungs.\nImpression: normal."],
     "vqa_closed": ["A. Yes", "B. No"],
     "vqa_open": ["right upper lobe", "nowhere"],
 }
