@@ -26,6 +26,7 @@
 
 import contextlib
 import io
+import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
 from pathlib import Path
@@ -210,7 +211,13 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> TwoStageReci
 
 
 def _parse_stage(path: Path, name: str, output_dir: str, settings: dict[str, Any]) -> StageConfig:
-    parser = TrlParser((_STAGES[name],))
+    config = _STAGES[name]
+    kinds = {field.name: str(field.type) for field in fields(config)}
+    for setting, value in settings.items():  # the parser checks words and numbers only
+        listed = isinstance(value, list) and "list" not in kinds.get(setting, "list")
+        if listed or (isinstance(value, dict) and setting not in config._VALID_DICT_FIELDS):
+            raise TrainingError(path, f"{name}: {setting} is a {type(value).__name__}", "Give it one value")
+    parser = TrlParser((config,))
     errors = io.StringIO()
     try:
         unknown = parser.set_defaults_with_config(**{**settings, "output_dir": str(training_folder(output_dir, name))})
@@ -222,7 +229,7 @@ def _parse_stage(path: Path, name: str, output_dir: str, settings: dict[str, Any
         finding = " ".join(str(error).split()).rstrip(".")
         raise TrainingError(path, f"{name}: {finding}", "Mend this setting") from error
     except SystemExit as error:  # argparse's way
-        finding = errors.getvalue().strip().rpartition("error: ")[2]
+        finding = re.sub(r"^argument --(\w+)[^:]*", r"\1", errors.getvalue().strip().rpartition("error: ")[2])
         raise TrainingError(path, f"{name}: {finding}", "Mend this setting") from error
     if unknown:
         names = ", ".join(word[2:] for word in unknown[::2])

@@ -363,3 +363,67 @@ def test_view_with_a_folder_of_another_model_names_it(monkeypatch, capsys, scan,
 
 def test_control_characters_do_not_reach_the_terminal():
     assert printable("liver \x1b[31mnormal\x07\nspleen é") == "liver \ufffd[31mnormal\ufffd\nspleen é"
+
+
+@pytest.fixture
+def recipe(model_folder, tmp_path):
+    from ct_moe.trainers.phantom import write_phantom
+
+    write_phantom(tmp_path / "scan.nii.gz", shape=(3, 16, 16))
+    (tmp_path / "rows.csv").write_text(
+        "images,prompt,completion,task\n"
+        "scan.nii.gz,Where is it?,on the left,vqa_open\n"
+        'scan.nii.gz,"Is it large? A. Yes B. No",A. Yes,vqa_closed\n'
+    )
+    text = f"""
+model: {model_folder}
+train_data: {tmp_path}/rows.csv
+output_dir: {tmp_path}/run
+use_cpu: true
+max_steps: 2
+dataloader_num_workers: 0
+activation_checkpointing: false
+save_strategy: "no"
+"""
+    (tmp_path / "recipe.yaml").write_text(text)
+    return tmp_path / "recipe.yaml"
+
+
+def test_train_runs_both_stages_and_says_what_it_trains(recipe, tmp_path):
+    command = [sys.executable, "-m", "ct_moe.hub.cli", "train", "--config", str(recipe)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    for stage in ("stage1", "stage2"):
+        assert f"{stage}: wrote {tmp_path}/run/{stage}" in done.stdout
+        assert (tmp_path / "run" / stage / "model.safetensors").is_file()
+    assert "volume layers     full" in done.stdout
+    assert "2/2" in done.stderr  # progress
+    assert "Traceback" not in done.stderr
+    # The same again finds everything done; the trained folder answers.
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0
+    assert done.stdout.count("is finished: nothing to do") == 2
+    answer = invoke(
+        "report", tmp_path / "scan.nii.gz", "-m", tmp_path / "run" / "stage2", "--question", "Where is it?"
+    )
+    assert answer.exit_code == 0, answer.output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--set", "learning_rate=fast"], "learning_rate: invalid float value: 'fast'"),
+        (["--set", "rate=1"], "unknown settings rate"),
+        (["--set", "model=/nowhere"], "/nowhere: no such folder"),
+        (["--set", "train_data=none.csv"], "none.csv: there is no such file"),
+        (["--stage", "2"], "is no finished stage 1. Train stage 1 first"),
+        (["--set", "stage1.quantization=4bit", "--set", "train_language_model=full"], "on quantised weights"),
+    ],
+)
+def test_training_that_cannot_start_ends_in_one_line(recipe, tmp_path, arguments, message):
+    command = [sys.executable, "-m", "ct_moe.hub.cli", "train", "--config", str(recipe), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    assert message in done.stderr.splitlines()[-1]
+    assert not (tmp_path / "run" / "stage1").exists()
