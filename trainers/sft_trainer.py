@@ -239,7 +239,7 @@ class CTMoESFTTrainer(SFTTrainer):
                 return fused_forward(*args, **kwargs)
             outputs = fused_forward(*args, fused_lm_head=True, **kwargs)
             if self._routing is not None and self._routing.aux_loss is not None:
-                # DDP looks for unused parameters from the outputs on: the task router is reached by this one only.
+                # DDP looks for unused parameters from the outputs on: in stage 1 only this reaches the task router.
                 outputs["aux_loss"] = self._routing.aux_loss
             self._fused_outputs = outputs
             return outputs
@@ -327,14 +327,6 @@ class CTMoESFTTrainer(SFTTrainer):
             path.parent.mkdir(parents=True, exist_ok=True)
             _write_lines(path, [{**facts, **failure} for failure in failed], mode="a")
         return failed
-
-    def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
-        # PEFT makes all of an adapter trainable when it loads it, parameters of frozen parts included.
-        network = self.model if model is None else model
-        trained = {name for name, parameter in network.named_parameters() if parameter.requires_grad}
-        super()._load_from_checkpoint(resume_from_checkpoint, model)
-        for name, parameter in network.named_parameters():
-            parameter.requires_grad_(name in trained)
 
     def _save_checkpoint(self, model, trial) -> None:
         # Older ones go when the new one is whole in every process, and not before.

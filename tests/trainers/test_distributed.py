@@ -89,13 +89,13 @@ def unused_tcp_port() -> int:
         return server.getsockname()[1]
 
 
-def mixed_rows(scans) -> list[dict]:
-    """Of no, one and two volumes, one without a task: shares of the global batch that are not alike."""
+def mixed_rows(scans, unlabelled: bool = True) -> list[dict]:
+    """Of no, one and two volumes, perhaps one without a task: shares of the global batch that are not alike."""
     return [
         row(1, "report", ANSWERS["report"][0], scans[:1]),
         row(2, "vqa_closed", "A. Yes", scans[1:3], prompt="Which of the two has a nodule?"),
         row(3, "vqa_open", "nowhere", [], prompt="What is a nodule?"),
-        row(4, None, "right upper lobe", scans[3:], prompt="Where?"),
+        row(4, None if unlabelled else "vqa_open", "right upper lobe", scans[3:], prompt="Where?"),
     ]
 
 
@@ -111,12 +111,13 @@ SGD = {
 }
 
 
-def test_two_processes_give_the_updates_of_one(run, scans, tmp_path):
-    rows = mixed_rows(scans)
+@pytest.mark.parametrize("stage", [1, 2])  # in the first nothing but a routing loss reaches the task router
+def test_two_processes_give_the_updates_of_one(run, scans, tmp_path, stage):
+    rows = mixed_rows(scans, unlabelled=stage == 2)
     weights = {}
     for out, processes, batch_size, accumulation in (("4x1", 1, 4, 1), ("2x2", 1, 2, 2), ("two", 2, 2, 1)):
         extra = {"per_device_train_batch_size": batch_size, "gradient_accumulation_steps": accumulation}
-        code, output = run(out, rows, processes, **SGD, **extra)
+        code, output = run(out, rows, processes, stage, **SGD, **extra)
         assert code == 0, output
         if processes == 2:
             assert '{"processes": 2, "type": "DistributedType.MULTI_CPU"}' in output

@@ -170,6 +170,17 @@ def test_every_kind_of_parameter_survives_a_resume(stage_run, config, language_m
     same_weights(cut, whole)
 
 
+def test_a_resumed_adapter_trains_no_more_than_before(stage_run, model_folder):
+    # The adapter holds the embeddings whole; W_s inside them belongs to a part that this stage leaves frozen.
+    stage_run("cut", step=2, train_slice_layers="full", weight_decay=0.1)
+    after = load_file(stage_run("cut", train_slice_layers="full", weight_decay=0.1) / "model.safetensors")
+    start = load_file(model_folder / "model.safetensors")
+    frozen = "model.vision_tower.embeddings.scale_embedding.weight"
+    trained = "model.vision_tower.embeddings.position_embedding.weight"
+    assert torch.equal(after[frozen], start[frozen])
+    assert not torch.equal(after[trained], start[trained])
+
+
 def test_an_unfinished_checkpoint_is_never_used(stage_run, tmp_path):
     stage_run("cut", step=3)
     folder = tmp_path / "cut-training"
