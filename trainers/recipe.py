@@ -26,6 +26,7 @@
 
 import contextlib
 import io
+import os
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
@@ -34,7 +35,6 @@ from typing import Any, Literal
 
 import yaml
 from transformers.integrations import is_deepspeed_zero3_enabled
-from transformers.integrations.fsdp import is_fsdp_enabled
 from trl import TrlParser
 
 from ct_moe import CTMoEError, TrainingError
@@ -98,7 +98,8 @@ class StageConfig(CTMoESFTConfig):
     @property
     def shards_parameters(self) -> bool:
         """Whether parameters are spread over processes (FSDP, ZeRO-3), which asks for one dtype."""
-        return is_fsdp_enabled() or is_deepspeed_zero3_enabled()
+        # Not the library's is_fsdp_enabled, which also asks for fsdp_cpu_ram_efficient_loading.
+        return os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true") or is_deepspeed_zero3_enabled()
 
     def _unsupported(self):
         yield from super()._unsupported()

@@ -137,7 +137,8 @@ def hold_frozen_experts(model: nn.Module) -> None:
         for parameter in module.parameters():
             if not parameter.requires_grad:
                 continue
-            mask = torch.ones(parameter.shape[0], *[1] * (parameter.ndim - 1), device=parameter.device)
+            shape = _whole_shape(parameter)
+            mask = torch.ones(shape[0], *[1] * (len(shape) - 1), device=parameter.device)
             mask[slice(*held)] = 0
             if isinstance(parameter, DTensor):
                 # FSDP2 writes the gradient of its shards itself, past the hooks of autograd.
@@ -157,15 +158,15 @@ def trained_parts(model: nn.Module, stage: "StageConfig") -> list[TrainedPart]:
     shared = model.config.vision_config.num_shared_experts
     for name, part in part_of_parameters(model).items():
         parameter = model.get_parameter(name)
-        # Quantised weights are packed, two to a byte; their shape before is kept beside them.
-        count = getattr(getattr(parameter, "quant_state", None), "shape", parameter.shape).numel()
+        shape = _whole_shape(parameter)
+        count = shape.numel()
         if "lora_" in name:
             rows[part].lora += count
         elif ".original_module." in name:
             continue  # the frozen copy of a module that the adapter trains
         elif part == _EXPERTS:
-            per_expert = count // parameter.shape[0]
-            for group, experts in (("shared_group", shared), ("task_groups", parameter.shape[0] - shared)):
+            per_expert = count // shape[0]
+            for group, experts in (("shared_group", shared), ("task_groups", shape[0] - shared)):
                 rows[group].total += experts * per_expert
                 rows[group].trained += experts * per_expert * (modes[group] == "full")
         else:
@@ -284,6 +285,12 @@ def _modules_to_save(module: nn.Module, trained: set[str], prefix: str = "") -> 
         return
     for name, child in module.named_children():
         yield from _modules_to_save(child, trained, f"{prefix}{name}.")
+
+
+def _whole_shape(parameter: nn.Parameter) -> torch.Size:
+    """Shape of a tensor that may be packed (quantised, two numbers to a byte) or spread over processes (ZeRO-3)."""
+    quantized = getattr(parameter, "quant_state", None)
+    return getattr(parameter, "ds_shape", parameter.shape) if quantized is None else quantized.shape
 
 
 def _local_rows(parameter: DTensor, mask: torch.Tensor) -> torch.Tensor:

@@ -21,7 +21,8 @@ leaves is a folder that appears when it is complete: the model as AutoModel load
 import json
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import MISSING, asdict, fields
 from importlib.metadata import version
 from pathlib import Path
@@ -31,6 +32,7 @@ import torch
 from accelerate.utils import is_peft_model
 from datasets import Dataset, IterableDataset
 from transformers import TrainerCallback, set_seed
+from transformers.integrations import deepspeed
 
 import ct_moe
 from ct_moe import TrainingError
@@ -186,7 +188,7 @@ def train_stage(
     if checkpoint is not None:
         _say(stage, say, f"{out.name}: going on from {checkpoint}")
     started = time.monotonic()
-    result = trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
+    trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
     if trainer.signals.received:
         raise TrainingError(
             out.name, f"ended by SIGTERM after step {trainer.state.global_step}", "Run the same again to go on"
@@ -204,7 +206,6 @@ def train_stage(
         "processes": trainer.accelerator.num_processes,
         "device": _device_name(trainer.args.device),
         "seconds_since_start_or_resume": round(time.monotonic() - started, 1),
-        "train_loss": result.metrics.get("train_loss"),
         "log": trainer.state.log_history,
     }
     _write_stage(trainer, model, revision, out, report, intended_scope)
@@ -290,7 +291,8 @@ def _write_adapter(
     """The adapter, and the model it was trained on with it merged: read again, unquantised and in one piece."""
     from peft import PeftModel
 
-    network, _, _ = load_folder(start, revision=revision, dtype=stage.dtype)
+    with _whole_weights():
+        network, _, _ = load_folder(start, revision=revision, dtype=stage.dtype)
     use_task_groups(network, stage.train_task_groups != "off")
     peft_model = PeftModel.from_pretrained(network, str(adapter))
     target = folder / "adapter" if stage.merge_adapter else folder
@@ -300,6 +302,17 @@ def _write_adapter(
         _write_network(peft_model.merge_and_unload(safe_merge=True), trainer, folder, intended_scope)
     else:
         trainer.processing_class.save_pretrained(folder)
+
+
+@contextmanager
+def _whole_weights() -> Iterator[None]:
+    """Under ZeRO-3 `from_pretrained` spreads weights over all processes, but only this one is here."""
+    reference = deepspeed._hf_deepspeed_config_weak_ref
+    deepspeed.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        deepspeed._hf_deepspeed_config_weak_ref = reference
 
 
 def _write_network(network, trainer, folder: Path, intended_scope: str | None, state_dict=None) -> None:
