@@ -132,6 +132,8 @@ def train(
     """
     with _quiet_libraries():
         try:
+            import peft  # noqa: F401 (read later, but missing from the start)
+
             from ct_moe.trainers.recipe import load_recipe
             from ct_moe.trainers.two_stage import train_two_stage
         except ModuleNotFoundError as error:
@@ -371,10 +373,6 @@ def _warn(message: str) -> None:
 def _fail(message: str, code: int = 1) -> None:
     print(f"ct-moe: error: {message}", file=sys.stderr)
     sys.exit(code)
-
-
-if __name__ == "__main__":
-    main()
 
 
 if __name__ == "__main__":

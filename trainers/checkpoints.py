@@ -46,9 +46,12 @@ def last_checkpoint(output_dir: str | Path) -> Path | None:
     return checkpoints[max(checkpoints)] if checkpoints else None
 
 
-def mark_complete(checkpoint: str | Path) -> None:
-    """Say that every process has written all of its files of a checkpoint."""
-    (Path(checkpoint) / _COMPLETE).touch()
+def mark_complete(checkpoint: str | Path, complete: bool = True) -> None:
+    """Say that every process has written all of its files of a checkpoint, or that they are being written anew."""
+    if complete:
+        (Path(checkpoint) / _COMPLETE).touch()
+    else:
+        (Path(checkpoint) / _COMPLETE).unlink(missing_ok=True)
 
 
 def remove_incomplete(output_dir: str | Path) -> None:
@@ -67,30 +70,37 @@ class SaveOnSignal(TrainerCallback):
 
     def __init__(self, accelerator):
         self.accelerator = accelerator
-        self.received = False
+        self.ended_early = False  # the run, by all of its processes
+        self._received = False
         self._previous = None
 
     def on_train_begin(self, args, state, control, **kwargs):
-        self.received = False
+        self.ended_early = self._received = False
         if threading.current_thread() is threading.main_thread():  # Python allows handlers nowhere else
             self._process = os.getpid()
             self._previous = signal.signal(signal.SIGTERM, self._handle)
 
     def on_step_end(self, args, state, control, **kwargs):
-        received = torch.tensor(int(self.received), device=self.accelerator.device)
-        self.received = bool(self.accelerator.reduce(received, "sum").item())
-        if self.received:
-            control.should_save = control.should_training_stop = True
+        received = torch.tensor(int(self._received), device=self.accelerator.device)
+        received = bool(self.accelerator.reduce(received, "sum").item())
+        if received and state.global_step < state.max_steps:
+            self.ended_early = control.should_save = control.should_training_stop = True
             control.should_evaluate = False
         return control
 
-    def on_train_end(self, args, state, control, **kwargs):
+    def on_epoch_end(self, args, state, control, **kwargs):
+        if self.ended_early:  # saved already, and there is no time for more
+            control.should_save = control.should_evaluate = False
+        return control
+
+    def restore(self) -> None:
+        """Give the signal back to whom it belonged."""
         if self._previous is not None:
             signal.signal(signal.SIGTERM, self._previous)
             self._previous = None
 
     def _handle(self, number, frame):
-        if os.getpid() != self._process:  # a DataLoader worker, which was forked with this handler
-            signal.signal(number, signal.SIG_DFL)
-            os.kill(os.getpid(), number)
-        self.received = True
+        # A DataLoader worker, which was forked with this handler and may get the signal of its whole group, goes on:
+        # the step needs its batch. It ends with its parent.
+        if os.getpid() == self._process:
+            self._received = True

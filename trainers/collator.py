@@ -39,41 +39,46 @@ class CTMoEDataCollator(DataCollatorForVisionLanguageModeling):
     - **row_names** (`list[str]`): of the rows in the batch;
     - **row_tasks** (`torch.LongTensor` of shape `(batch_size,)`): their tasks, -100 for none;
     - **num_volumes** (`int`): the volumes that count in the routing losses;
-    - **failed_rows** (`list[dict[str, str]]`): `row` and `error` of rows that were left out. Where none is left, the
-      batch is one row with a volume of air, without labels: every process must go through every layer.
+    - **failed_rows** (`list[dict[str, str]]`): `row` and `error` of rows that were left out.
+
+    Where no row is left, the batch is one with a volume of air, without labels: every process must go through every
+    layer.
 
     Args:
         processor: a [`CTMoEProcessor`].
         volume_cache: where processed scans are kept; `None` processes them anew every time.
         on_error: `"skip"` or `"raise"`, for scans that cannot be read.
+        always_volumes: whether batches of text alone get such a row as well: where parameters are spread over
+            processes, a process that leaves the vision encoder out keeps the others waiting.
     """
 
     completion_only_loss: bool = True
     volume_cache: VolumeCache | None = None
     on_error: str = "skip"
+    always_volumes: bool = False
 
     def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
         examples, failed = self._read(examples)
-        labelled = bool(examples)
-        if not labelled:
-            examples = [self._blank()]
-        num_volumes = sum(len(example["images"]) for example in examples)
         names = [row_name(example) for example in examples]
+        num_volumes = sum(len(example["images"]) for example in examples)
+        filled = not examples or (self.always_volumes and not num_volumes)
+        if filled:
+            examples = [*examples, self._blank()]
         tasks = [example.get("task") or None for example in examples]
         guides = [self._guide(example) for example in examples]
 
         columns = ("images", "prompt", "completion")  # others, such as `text`, would mean something else to TRL
         output = dict(super().torch_call([{name: example[name] for name in columns} for example in examples]))
-        if num_volumes:
+        if num_volumes or filled:
             rows = [row for row, example in enumerate(examples) for _ in example["images"]]
             output |= self.processor.routing_inputs([guides[row] for row in rows], [tasks[row] for row in rows])
-        if not labelled:
-            output["labels"] = torch.full_like(output["labels"], UNLABELLED)
+        if filled:
+            output["labels"][-1] = UNLABELLED
         return {
             **output,
-            "row_names": names if labelled else [],
+            "row_names": names,
             "row_tasks": torch.tensor([self.processor.task_id(task) for task in tasks]),
-            "num_volumes": num_volumes if labelled else 0,
+            "num_volumes": num_volumes,
             "failed_rows": failed,
         }
 
@@ -102,7 +107,7 @@ class CTMoEDataCollator(DataCollatorForVisionLanguageModeling):
             _check_columns(example)
             try:
                 readable.append({**example, "images": [self._process(image) for image in _images(example)]})
-            except CTMoEError as error:
+            except (CTMoEError, OSError) as error:  # an OSError: of a disk that went away
                 if self.on_error == "raise":
                     raise
                 failed.append({"row": row_name(example), "error": str(error)})
@@ -153,11 +158,13 @@ def _check_columns(example: dict[str, Any]) -> None:
             "in this form the text that steers the experts could hold the answer",
             "Split every row into the columns prompt and completion, both lists of messages",
         )
-    missing = [name for name in ("prompt", "completion") if not isinstance(example.get(name), list)]
-    if missing or not ("images" in example or "image" in example):
+    lists = ["prompt", "completion", *(["images"] if example.get("images") is not None else [])]
+    if not all(isinstance(example.get(name), list) for name in lists) or not (
+        "images" in example or "image" in example
+    ):
         raise DataError(
             row_name(example) if "images" in example or "image" in example else "a row",
-            f"has the columns {', '.join(sorted(example))}",
+            f"has the columns {', '.join(sorted(example))}, {' and '.join(lists)} not all of them lists",
             "Give images (a list of scans), prompt and completion (lists of messages) and, if known, task; "
             "ct_moe.trainers.load_rows makes them of a file",
         )

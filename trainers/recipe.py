@@ -26,15 +26,15 @@
 
 import contextlib
 import io
-import os
+import math
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal
+from types import UnionType
+from typing import Any, Literal, get_args, get_origin
 
 import yaml
-from transformers.integrations import is_deepspeed_zero3_enabled
 from trl import TrlParser
 
 from ct_moe import CTMoEError, TrainingError
@@ -94,12 +94,6 @@ class StageConfig(CTMoESFTConfig):
     quantization: Literal["none", "4bit", "8bit"] = "none"
     attn_implementation: str | None = None
     even_tasks: bool = False
-
-    @property
-    def shards_parameters(self) -> bool:
-        """Whether parameters are spread over processes (FSDP, ZeRO-3), which asks for one dtype."""
-        # Not the library's is_fsdp_enabled, which also asks for fsdp_cpu_ram_efficient_loading.
-        return os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true") or is_deepspeed_zero3_enabled()
 
     def _unsupported(self):
         yield from super()._unsupported()
@@ -174,6 +168,12 @@ class TwoStageRecipe:
     data_revision: str | None = None
     intended_scope: str = "not stated by those who trained it"
 
+    def __post_init__(self):
+        for field_ in fields(self):
+            value, kind = getattr(self, field_.name), field_.type
+            if isinstance(kind, type | UnionType) and not isinstance(value, kind):
+                raise TrainingError(field_.name, f"is a {type(value).__name__}", f"Give {kind}")
+
 
 _STAGES = {"stage1": Stage1Config, "stage2": Stage2Config}
 
@@ -199,7 +199,8 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> TwoStageReci
         raise TrainingError(path, "holds no settings", "Write NAME: VALUE lines, see examples/recipe.yaml")
     for override in overrides:
         _override(settings, override)
-    stages = {name: settings.pop(name, None) or {} for name in _STAGES}
+    stages = {name: settings.pop(name, None) for name in _STAGES}
+    stages = {name: {} if stage is None else stage for name, stage in stages.items()}
     own = {name.name for name in fields(TwoStageRecipe)} - set(_STAGES)
     recipe = {name: settings.pop(name) for name in own & set(settings)}
     if not isinstance(recipe.get("output_dir"), str):
@@ -207,17 +208,22 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> TwoStageReci
     for name, stage in stages.items():
         if not isinstance(stage, dict):
             raise TrainingError(path, f"{name} is no list of settings", "Write NAME: VALUE lines below it")
+        if "output_dir" in stage:
+            raise TrainingError(path, f"{name} names an output_dir", "It follows from that of the recipe")
         recipe[name] = _parse_stage(path, name, recipe["output_dir"], {**settings, **stage})
     return TwoStageRecipe(**recipe)
 
 
 def _parse_stage(path: Path, name: str, output_dir: str, settings: dict[str, Any]) -> StageConfig:
     config = _STAGES[name]
-    kinds = {field.name: str(field.type) for field in fields(config)}
-    for setting, value in settings.items():  # the parser checks words and numbers only
-        listed = isinstance(value, list) and "list" not in kinds.get(setting, "list")
-        if listed or (isinstance(value, dict) and setting not in config._VALID_DICT_FIELDS):
-            raise TrainingError(path, f"{name}: {setting} is a {type(value).__name__}", "Give it one value")
+    kinds = {field.name: field.type for field in fields(config)}
+    # YAML reads these words as False.
+    words = {"train_task_groups": "off", "save_strategy": "no", "eval_strategy": "no", "logging_strategy": "no"}
+    settings = {key: words.get(key, value) if value is False else value for key, value in settings.items()}
+    for setting, value in settings.items():  # the parser checks only what is text
+        if setting in kinds and not _fits(value, kinds[setting], setting in config._VALID_DICT_FIELDS):
+            kind = "empty" if value is None else f"a {type(value).__name__}"
+            raise TrainingError(path, f"{name}: {setting} is {kind} ({value})", "Give it a value of its kind")
     parser = TrlParser((config,))
     errors = io.StringIO()
     try:
@@ -226,7 +232,7 @@ def _parse_stage(path: Path, name: str, output_dir: str, settings: dict[str, Any
             (stage,) = parser.parse_args_into_dataclasses(args=[])
     except CTMoEError:
         raise
-    except (ValueError, TypeError, ImportError) as error:
+    except (ValueError, TypeError, AttributeError, ArithmeticError, ImportError) as error:
         finding = " ".join(str(error).split()).rstrip(".")
         raise TrainingError(path, f"{name}: {finding}", "Mend this setting") from error
     except SystemExit as error:  # argparse's way
@@ -236,6 +242,22 @@ def _parse_stage(path: Path, name: str, output_dir: str, settings: dict[str, Any
         names = ", ".join(word[2:] for word in unknown[::2])
         raise TrainingError(path, f"{name}: unknown settings {names}", "Look for a misspelling")
     return stage
+
+
+def _fits(value: Any, kind: Any, may_be_dict: bool) -> bool:
+    """Whether a value of YAML is of the kind of a field; text is left to the parser."""
+    kinds = set(get_args(kind)) if isinstance(kind, UnionType) or get_origin(kind) is not None else {kind}
+    if value is None:
+        return type(None) in kinds
+    if isinstance(value, dict):
+        return may_be_dict
+    if isinstance(value, list):
+        return any((get_origin(kind) or kind) is list for kind in kinds)
+    if isinstance(value, bool):
+        return bool in kinds
+    if isinstance(value, float):
+        return math.isfinite(value) and (float in kinds or (int in kinds and value.is_integer()))
+    return True
 
 
 def training_folder(output_dir: str | Path, stage: str) -> Path:
@@ -251,7 +273,8 @@ def _override(settings: dict[str, Any], override: str) -> None:
     if target:
         if target not in _STAGES:
             raise TrainingError("--set", f"{target!r} is no stage", f"Choose one of {', '.join(_STAGES)}")
-        settings[target] = settings = dict(settings.get(target) or {})
+        stage = settings.setdefault(target, {})
+        settings[target] = settings = stage if isinstance(stage, dict) else {}
     try:
         settings[leaf] = yaml.safe_load(value)
     except yaml.YAMLError as error:

@@ -78,6 +78,12 @@ def sums_to_metrics(sums: torch.Tensor, tasks: list[str], training: bool) -> dic
     return metrics
 
 
+def language_sums(sums: torch.Tensor, num_tasks: int) -> tuple[float, float]:
+    """Negative log-likelihood and number of tokens over all tasks."""
+    nll, tokens = sums[len(LOSSES) + 3 :].split(num_tasks + 1)
+    return nll.sum().item(), tokens.sum().item()
+
+
 def expert_metrics(routing: CTMoERoutingOutput | None, config: CTMoEVisionConfig) -> dict[str, torch.Tensor]:
     """Load of the busiest and of the idlest expert (even is 1) and the routers' entropy (1 is undecided), per group.
 

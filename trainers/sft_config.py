@@ -13,10 +13,12 @@
 # limitations under the License.
 """Settings of `CTMoESFTTrainer`: TRL's, with the defaults that volumes need, and a few of its own."""
 
+import os
 from dataclasses import dataclass, field
 from typing import Literal
 
 import torch
+from transformers.integrations import is_deepspeed_zero3_enabled
 from trl import SFTConfig
 
 from ct_moe import TrainingError
@@ -84,6 +86,12 @@ class CTMoESFTConfig(SFTConfig):
         default=False, metadata={"help": "Off: a loss that is no number ends the run instead of being averaged away."}
     )
 
+    @property
+    def shards_parameters(self) -> bool:
+        """Whether parameters are spread over processes (FSDP, ZeRO-3)."""
+        # Not the library's is_fsdp_enabled, which also asks for fsdp_cpu_ram_efficient_loading.
+        return os.environ.get("ACCELERATE_USE_FSDP", "").lower() in ("1", "true") or is_deepspeed_zero3_enabled()
+
     def __post_init__(self):
         if self.bf16 is None:
             self.bf16 = not self.fp16 and not self.use_cpu and torch.accelerator.is_available()
@@ -117,6 +125,15 @@ class CTMoESFTConfig(SFTConfig):
             yield "max_failed_share", f"{self.max_failed_share} is no share", "Choose a number from 0 to 1"
         if self.generate_samples < 0 or self.generate_max_new_tokens < 1:
             yield "generate_samples, generate_max_new_tokens", "below 0 or below 1", "Choose more"
+        if self.save_only_model:
+            yield "save_only_model", "True, and a run could not go on as it was", "Leave it at False"
+        if self.model_init_kwargs:
+            yield "model_init_kwargs", "is read by no one", "Load the model yourself, or use dtype and quantization"
+        if min(self.per_device_train_batch_size, self.gradient_accumulation_steps) < 1:
+            yield "per_device_train_batch_size, gradient_accumulation_steps", "below 1", "Choose 1 or more"
+        if not isinstance(self.learning_rates, dict | None):
+            yield "learning_rates", f"{self.learning_rates!r}", "Give numbers by part, such as {projector: 2.0e-5}"
+            return
         for part, rate in (self.learning_rates or {}).items():
             if part not in TRAINABLE_PARTS:
                 yield "learning_rates", f"{part!r} is no part", f"Choose from {', '.join(TRAINABLE_PARTS)}"

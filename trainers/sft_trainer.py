@@ -21,6 +21,7 @@ import inspect
 import json
 import os
 from collections.abc import Iterator
+from contextlib import suppress
 from functools import wraps
 from pathlib import Path
 from types import MethodType
@@ -36,10 +37,10 @@ from trl import SFTTrainer
 
 from ct_moe import TrainingError
 
-from .checkpoints import SaveOnSignal, mark_complete
+from .checkpoints import SaveOnSignal, last_checkpoint, mark_complete
 from .collator import CTMoEDataCollator
 from .generation import generate_and_compare
-from .routing_metrics import batch_sums, expert_metrics, sums_to_metrics
+from .routing_metrics import batch_sums, expert_metrics, language_sums, sums_to_metrics
 from .sft_config import CTMoESFTConfig
 from .stages import hold_frozen_experts, part_of_parameters
 from .volume_cache import VolumeCache
@@ -81,10 +82,19 @@ class CTMoESFTTrainer(SFTTrainer):
         if not isinstance(args, CTMoESFTConfig):
             raise TrainingError("args", f"a {type(args).__name__}", "Pass a CTMoESFTConfig or a stage of a recipe")
         _check_model(model, args)
+        if kwargs.get("compute_loss_func") is not None:
+            raise TrainingError("compute_loss_func", "bypasses the routing losses", "Override compute_loss instead")
         cache = None
         if args.volume_cache is not None:
             cache = VolumeCache(args.volume_cache, processing_class.image_processor, args.volume_cache_gb)
-        collator = CTMoEDataCollator(processing_class, volume_cache=cache, on_error=args.on_error)
+        collator = CTMoEDataCollator(
+            processing_class, volume_cache=cache, on_error=args.on_error, always_volumes=args.shards_parameters
+        )
+        if not (args.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
+            # For checkpointing the library makes every embedding's output ask for a gradient, which only the reentrant
+            # form needs: it would send the backward pass through all of a frozen vision encoder.
+            network = model.get_base_model() if is_peft_model(model) else model
+            network.enable_input_require_grads = lambda: None
         # Beside quantised weights TRL casts what is trained to bfloat16, in which small updates are lost.
         exact = [(parameter, parameter.data) for parameter in model.parameters() if parameter.requires_grad]
         super().__init__(
@@ -110,30 +120,41 @@ class CTMoESFTTrainer(SFTTrainer):
         self.add_callback(self.signals)
         self.add_callback(_HoldFrozenExperts())
         self._model_config = self._network().config
-        self._routing = self._fused_outputs = None
+        self._routing = self._fused_outputs = None  # of the forward pass in compute_loss
+        self._in_loss = False
         self._num_volumes = None  # of the global batch
+        self._eval_sums = None
         self.rows_seen = self.rows_failed = 0
         self._record_routing()
 
-    def train(self, resume_from_checkpoint: str | None = None, **kwargs) -> Any:
-        """As in the library; `resume_from_checkpoint` is a folder. What was skipped up to there is not forgotten."""
-        if resume_from_checkpoint is not None:
-            counts = json.loads((Path(resume_from_checkpoint) / _COUNTS).read_text(encoding="utf-8"))
-            self.rows_seen, self.rows_failed = counts["rows_seen"], counts["rows_failed"]
-            skipped = Path(self.args.output_dir) / _SKIPPED
-            if self.is_world_process_zero() and skipped.is_file():
-                lines = skipped.read_text(encoding="utf-8").splitlines()
-                _write_lines(
-                    skipped, [record for record in map(json.loads, lines) if record["step"] <= counts["step"]]
-                )
-        return super().train(resume_from_checkpoint, **kwargs)
+    def train(self, resume_from_checkpoint: str | bool | None = None, **kwargs) -> Any:
+        """As in the library; True takes the last whole checkpoint. What was skipped up to there is not forgotten."""
+        if resume_from_checkpoint is True:
+            resume_from_checkpoint = last_checkpoint(self.args.output_dir)
+            if resume_from_checkpoint is None:
+                raise TrainingError(self.args.output_dir, "holds no whole checkpoint", "Start without resuming")
+        checkpoint = str(resume_from_checkpoint) if resume_from_checkpoint else None
+        counts = {"step": 0, "rows_seen": 0, "rows_failed": 0}
+        if checkpoint is not None:
+            counts = json.loads((Path(checkpoint) / _COUNTS).read_text(encoding="utf-8"))
+        self.rows_seen, self.rows_failed = counts["rows_seen"], counts["rows_failed"]
+        if self.is_world_process_zero():
+            _cut_lines(Path(self.args.output_dir) / _SKIPPED, counts["step"])
+        try:
+            return super().train(checkpoint, **kwargs)
+        finally:
+            self.signals.restore()
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         inputs = dict(inputs)
         rows = {name: inputs.pop(name) for name in ("row_names", "row_tasks", "num_volumes", "failed_rows")}
         training = self.model.training
         self._routing = self._fused_outputs = None
-        loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        self._in_loss = True
+        try:
+            loss = super().compute_loss(model, inputs, return_outputs, num_items_in_batch)
+        finally:
+            self._in_loss = False
         loss, *outputs = loss if return_outputs else (loss,)
         routing, fused = self._routing, self._fused_outputs
         self._routing = self._fused_outputs = None
@@ -159,7 +180,9 @@ class CTMoESFTTrainer(SFTTrainer):
             self._num_volumes = own_volumes
         self.rows_seen += seen
         if any_failed:
-            self._note_failures(failed, any_failed)
+            self.rows_failed += any_failed
+            self._list_failures(failed, step=self.state.global_step + 1)
+        self._judge_failures()
         return batches, num_items
 
     def create_optimizer(self, model=None) -> torch.optim.Optimizer:
@@ -191,6 +214,15 @@ class CTMoESFTTrainer(SFTTrainer):
             **settings,
         )
         return self.optimizer
+
+    def evaluation_loop(self, *args, metric_key_prefix: str = "eval", **kwargs):
+        """With the loss as a mean over all answer tokens: a mean over batches would count those without as 0."""
+        self._eval_sums = None
+        output = super().evaluation_loop(*args, metric_key_prefix=metric_key_prefix, **kwargs)
+        if self._eval_sums is not None:
+            nll, tokens = language_sums(self._eval_sums, len(self._model_config.tasks))
+            output.metrics[f"{metric_key_prefix}_loss"] = nll / tokens if tokens else float("nan")
+        return output
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix="eval") -> dict[str, float]:
         metrics = super().evaluate(eval_dataset, ignore_keys, metric_key_prefix)
@@ -227,7 +259,8 @@ class CTMoESFTTrainer(SFTTrainer):
             return args, {**kwargs, "output_router_logits": True}
 
         def keep(module, args, output):
-            self._routing = output.routing
+            if self._in_loss:  # of other calls nothing is kept: it would hold their graphs in memory
+                self._routing = output.routing
 
         network.model.register_forward_pre_hook(ask, with_kwargs=True)
         network.model.register_forward_hook(keep)
@@ -271,8 +304,10 @@ class CTMoESFTTrainer(SFTTrainer):
         not_finite, failed = sums[:2].tolist()
         if self.model.training and not_finite:
             self._refuse_loss(loss, nll, rows["row_names"])
-        if failed and not self.model.training:  # in training they were noted when the batch was drawn
-            self._list_failures(rows["failed_rows"], step=self.state.global_step, evaluation=True)
+        if not self.model.training:
+            self._eval_sums = sums[2:] if self._eval_sums is None else self._eval_sums + sums[2:]
+            if failed:  # in training they were listed when the batch was drawn
+                self._list_failures(rows["failed_rows"], step=self.state.global_step, evaluation=True)
         metrics = self._metrics["train" if self.model.training else "eval"]
         for name, value in sums_to_metrics(sums[2:], tasks, self.model.training).items():
             metrics[name].append(value)
@@ -306,38 +341,37 @@ class CTMoESFTTrainer(SFTTrainer):
             )
         return norm
 
-    def _note_failures(self, failed: list[dict[str, str]], count: int) -> None:
-        failed = self._list_failures(failed, step=self.state.global_step + 1)
-        self.rows_failed += count
+    def _judge_failures(self) -> None:
         rows = len(self.train_dataset) if isinstance(self.train_dataset, Dataset) else _ROWS_TO_JUDGE
-        share = self.rows_failed / self.rows_seen
-        if self.rows_seen >= min(rows, _ROWS_TO_JUDGE) and share > self.args.max_failed_share:
+        judged = self.rows_seen >= min(rows, _ROWS_TO_JUDGE)
+        if judged and self.rows_failed > self.args.max_failed_share * self.rows_seen:
             raise TrainingError(
                 "train_dataset",
                 f"{self.rows_failed} of {self.rows_seen} rows could not be read, more than max_failed_share = "
-                f"{self.args.max_failed_share}; the first now is {failed[0]['row']}: {failed[0]['error']}",
+                f"{self.args.max_failed_share}",
                 f"See {Path(self.args.output_dir) / _SKIPPED} and mend the data",
             )
 
-    def _list_failures(self, failed: list[dict[str, str]], **facts) -> list[dict[str, str]]:
+    def _list_failures(self, failed: list[dict[str, str]], **facts) -> None:
         """Adds those of all processes to the list on disk."""
         failed = gather_object(failed)
         if self.is_world_process_zero():
             path = Path(self.args.output_dir) / _SKIPPED
             path.parent.mkdir(parents=True, exist_ok=True)
             _write_lines(path, [{**facts, **failure} for failure in failed], mode="a")
-        return failed
 
     def _save_checkpoint(self, model, trial) -> None:
         # Older ones go when the new one is whole in every process, and not before.
         limit, self.args.save_total_limit = self.args.save_total_limit, None
+        checkpoint = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
+        if self.args.should_save:
+            mark_complete(checkpoint, False)  # of the same step, written once more
         try:
             super()._save_checkpoint(model, trial)
         finally:
             self.args.save_total_limit = limit
         self.accelerator.wait_for_everyone()
         if self.args.should_save:
-            checkpoint = Path(self.args.output_dir) / f"checkpoint-{self.state.global_step}"
             counts = {"step": self.state.global_step, "rows_seen": self.rows_seen, "rows_failed": self.rows_failed}
             (checkpoint / _COUNTS).write_text(json.dumps(counts), encoding="utf-8")
             mark_complete(checkpoint)
@@ -383,6 +417,20 @@ def _rate(part: str, rates: dict[str, float], default: float) -> float:
     if part == "experts":
         return rates.get("shared_group", rates.get("task_groups", default))
     return rates.get(part, default)
+
+
+def _cut_lines(path: Path, step: int) -> None:
+    """Takes out of a list what a run did after a step that it will do again; a line torn by a kill goes as well."""
+    if not path.is_file():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        with suppress(json.JSONDecodeError):
+            if json.loads(line)["step"] <= step > 0:
+                kept.append(json.loads(line))
+    part = path.with_name(f"{path.name}.part")
+    _write_lines(part, kept)
+    os.replace(part, path)
 
 
 def _write_lines(path: Path, records: list[dict[str, Any]], mode: str = "w") -> None:

@@ -20,6 +20,7 @@ leaves is a folder that appears when it is complete: the model as AutoModel load
 
 import json
 import logging
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -50,8 +51,38 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 REPORT = "training_report.json"
+_RUN = "run.json"  # beside the checkpoints: what the run is, so that no other goes on with it
 _LIBRARIES = ("torch", "transformers", "trl", "peft", "datasets", "accelerate")
 # Settings that say nothing about the result, or name folders, hosts and keys.
+# Settings that may change between one part of a run and the next: they do not decide what is learned.
+_FREE = {
+    *("activation_checkpointing", "activation_offloading", "bf16", "debug", "disable_tqdm", "do_eval", "do_train"),
+    *(
+        "dataloader_num_workers",
+        "dataloader_persistent_workers",
+        "dataloader_pin_memory",
+        "dataloader_prefetch_factor",
+    ),
+    *(
+        "eval_steps",
+        "eval_strategy",
+        "eval_on_start",
+        "eval_delay",
+        "per_device_eval_batch_size",
+        "eval_use_gather_object",
+    ),
+    *(
+        "generate_max_new_tokens",
+        "generate_samples",
+        "gradient_checkpointing",
+        "report_to",
+        "torch_compile",
+        "use_cpu",
+    ),
+    *("logging_steps", "logging_strategy", "logging_first_step", "log_level", "save_steps", "save_strategy"),
+    *("save_total_limit", "volume_cache_gb", "ddp_find_unused_parameters", "eos_token", "accelerator_config"),
+    *("load_best_model_at_end", "metric_for_best_model", "max_failed_share", "attn_implementation", "run_name"),
+}
 _UNREPORTED = {"output_dir", "logging_dir", "volume_cache", "run_name", "hub_token", "push_to_hub_token", "deepspeed"}
 
 
@@ -93,16 +124,20 @@ def train_two_stage(
     if train_rows is None:
         raise TrainingError("train_data", "missing", "Name a data set in the recipe, or pass one")
     eval_rows = _rows(eval_dataset, recipe.eval_data, recipe.eval_split, recipe)
-    start = model or recipe.model
-    if start is None:
-        raise TrainingError("model", "missing", "Name a model in the recipe, or pass one")
-    if not isinstance(start, str | Path):
-        start = _save_start(start, processor, out / "start", recipe.stage1)
-    revision = recipe.model_revision
+    if not stages or not set(stages) <= {1, 2}:
+        raise TrainingError("stages", f"{stages}", "Choose 1, 2 or both")
+    start, revision = model or recipe.model, recipe.model_revision
+    if 1 in stages:
+        if start is None:
+            raise TrainingError("model", "missing", "Name a model in the recipe, or pass one")
+        if 2 in stages and not recipe.stage1.merge_adapter:
+            raise TrainingError("merge_adapter", "False in stage 1, but stage 2 starts from a whole model", "Merge it")
+        if not isinstance(start, str | Path):
+            start = _save_start(start, processor, out / "start", recipe.stage1)
     for number in sorted(stages):
         if number == 2:
             start, revision = out / "stage1", None
-            if not (start / REPORT).is_file():
+            if not (start / REPORT).is_file() or not (start / "config.json").is_file():
                 raise TrainingError(start, "is no finished stage 1", "Train stage 1 first, with the same output_dir")
         train_stage(
             str(start),
@@ -148,14 +183,22 @@ def train_stage(
     Raises:
         As `train_two_stage`.
     """
-    out = Path(out)
-    settings = _reported_settings(stage)
-    if (out / REPORT).is_file():
-        _check_same_settings(out, settings)
+    out, folder = Path(out), Path(stage.output_dir)
+    finished = (out / REPORT).is_file()
+    run = {
+        "model": model,
+        "revision": revision,
+        "rows": len(dataset) if isinstance(dataset, Dataset) else None,
+        "settings": {name: value for name, value in _reported_settings(stage).items() if name not in _FREE},
+    }
+    if finished or last_checkpoint(folder) is not None:
+        _check_same_run(folder / _RUN, run)
+    if finished:
         _say(stage, say, f"{out} is finished: nothing to do")
         return out
+    _check_before(stage, out, dataset, eval_dataset)
     set_seed(stage.seed)
-    network, processor, _ = load_folder(
+    network, processor, revision = load_folder(
         model,
         revision=revision,
         dtype=stage.dtype,
@@ -164,7 +207,9 @@ def train_stage(
     )
     tasks = list(network.config.tasks)
     dataset = check_tasks(dataset, tasks)
-    if eval_dataset is not None:
+    if isinstance(eval_dataset, dict):
+        eval_dataset = {name: check_tasks(rows, tasks) for name, rows in eval_dataset.items()}
+    elif eval_dataset is not None:
         eval_dataset = check_tasks(eval_dataset, tasks)
     counts = count_tasks(dataset) if isinstance(dataset, Dataset) else None
     if stage.even_tasks:
@@ -181,15 +226,18 @@ def train_stage(
         processing_class=processor,
         callbacks=callbacks,
     )
-    checkpoint = last_checkpoint(stage.output_dir)
+    checkpoint = last_checkpoint(folder)
     trainer.accelerator.wait_for_everyone()
     if trainer.is_world_process_zero():
-        remove_incomplete(stage.output_dir)
+        remove_incomplete(folder)
+        for left in out.parent.glob(f".{out.name}-*"):  # of a run that was killed while it wrote the last of it
+            shutil.rmtree(left)
+        (folder / _RUN).write_text(json.dumps(run, indent=2) + "\n", encoding="utf-8")
     if checkpoint is not None:
         _say(stage, say, f"{out.name}: going on from {checkpoint}")
     started = time.monotonic()
     trainer.train(resume_from_checkpoint=None if checkpoint is None else str(checkpoint))
-    if trainer.signals.received:
+    if trainer.signals.ended_early:
         raise TrainingError(
             out.name, f"ended by SIGTERM after step {trainer.state.global_step}", "Run the same again to go on"
         )
@@ -197,7 +245,7 @@ def train_stage(
         "stage": out.name,
         "ct_moe": ct_moe.__version__,
         "versions": {name: version(name) for name in _LIBRARIES},
-        "settings": settings,
+        "settings": _reported_settings(stage),
         "parts": [asdict(part) for part in parts],
         "tasks": tasks,
         "rows": counts,
@@ -217,6 +265,8 @@ def _rows(dataset, source: str | None, split: str, recipe: TwoStageRecipe) -> Da
     source = source if dataset is None else dataset
     if source is None:
         return None
+    if isinstance(source, dict):  # several data sets for evaluation
+        return {name: _rows(rows, None, split, recipe) for name, rows in source.items()}
     return load_rows(source, split=split, streaming=recipe.streaming, revision=recipe.data_revision)
 
 
@@ -224,7 +274,9 @@ def _save_start(model, processor, folder: Path, stage: StageConfig) -> Path:
     """Stages start from folders, so that an adapter has something to be loaded onto."""
     if processor is None:
         raise TrainingError("processor", "missing beside a model in memory", "Pass the model's processor")
-    if stage.should_save and not folder.is_dir():
+    if stage.should_save:
+        if folder.is_dir():  # of an earlier run, perhaps with other weights
+            shutil.rmtree(folder)
         save_folder(model, processor, folder)
     if torch.distributed.is_initialized():
         torch.distributed.barrier()
@@ -298,6 +350,10 @@ def _write_adapter(
     target = folder / "adapter" if stage.merge_adapter else folder
     peft_model.save_pretrained(target)
     (target / "README.md").unlink(missing_ok=True)  # PEFT's card: a form to fill in
+    if stage.merge_adapter and Path(start).exists():
+        config = json.loads((target / "adapter_config.json").read_text(encoding="utf-8"))
+        config["base_model_name_or_path"] = None  # a folder of this machine
+        (target / "adapter_config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
     if stage.merge_adapter:
         _write_network(peft_model.merge_and_unload(safe_merge=True), trainer, folder, intended_scope)
     else:
@@ -333,14 +389,38 @@ def _reported_settings(stage: StageConfig) -> dict[str, Any]:
     return json.loads(json.dumps(settings))
 
 
-def _check_same_settings(out: Path, settings: dict[str, Any]) -> None:
-    before = json.loads((out / REPORT).read_text(encoding="utf-8"))["settings"]
-    changed = sorted(name for name in before.keys() | settings.keys() if before.get(name) != settings.get(name))
+def _check_before(stage: StageConfig, out: Path, dataset, eval_dataset) -> None:
+    """What would end the run late is looked at before anything large is read."""
+    if out.is_file() or (out.is_dir() and any(out.iterdir())):
+        raise TrainingError(out, "holds something that is no finished stage", "Remove it, or name another output_dir")
+    for folder in (Path(stage.output_dir), out.parent):
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / ".writable").touch()
+            (folder / ".writable").unlink(missing_ok=True)
+        except OSError as error:
+            raise TrainingError(
+                folder, f"cannot be written to ({error.strerror})", "Name another output_dir"
+            ) from error
+    if isinstance(dataset, IterableDataset) and stage.max_steps <= 0:
+        raise TrainingError("max_steps", "missing for streamed rows, which have no end that is known", "Set it")
+    if stage.eval_strategy != "no" and eval_dataset is None:
+        raise TrainingError("eval_strategy", f"{stage.eval_strategy} without eval_data", "Name data, or leave it out")
+
+
+def _check_same_run(file: Path, run: dict[str, Any]) -> None:
+    """Refuse to go on with a run that was another one."""
+    if not file.is_file():
+        return
+    before = json.loads(file.read_text(encoding="utf-8"))
+    before, now = ({**record, **record["settings"]} for record in (before, run))
+    changed = sorted(name for name in before.keys() | now.keys() if before.get(name) != now.get(name))
+    changed = [name for name in changed if name != "settings"]
     if changed:
         raise TrainingError(
-            out,
-            f"was trained with other settings of {', '.join(changed)}",
-            "Name another output_dir, or remove this folder and the one it was trained in",
+            file.parent,
+            f"was made with other values of {', '.join(changed)}",
+            "Name another output_dir, or remove this folder and the stage",
         )
 
 

@@ -13,7 +13,7 @@
 # limitations under the License.
 """One stage in a process of its own, which may be told to die: python run_stage.py JSON.
 
-Keys of the JSON: model, rows (file), out, stage (1 or 2), settings, die (`at` step, save or signal, and `step`).
+Keys of the JSON: model, rows (file), out, stage (1 or 2), settings, die (`at`: step, save, signal, group; `step`).
 """
 
 import json
@@ -36,6 +36,8 @@ class Die(TrainerCallback):
     def on_step_end(self, args, state, control, **kwargs):
         if state.global_step == self.step and self.at in ("step", "signal"):
             os.kill(os.getpid(), signal.SIGKILL if self.at == "step" else signal.SIGTERM)
+        if state.global_step == self.step and self.at == "group":
+            os.killpg(os.getpgrp(), signal.SIGTERM)
 
 
 def die_while_saving(step: int) -> None:
@@ -55,6 +57,7 @@ def die_while_saving(step: int) -> None:
 def main() -> None:
     task = json.loads(sys.argv[1])
     torch.set_num_threads(1)
+    os.setpgrp()  # a group of its own, and its workers'
     die = task.get("die")
     callbacks = [Die(**die)] if die else []
     if die and die["at"] == "save":

@@ -125,6 +125,23 @@ def test_a_batch_without_a_readable_row_is_air_without_labels(collator, tmp_path
     assert torch.isfinite(batch["pixel_values"]).all()
 
 
+def test_where_parameters_are_spread_every_batch_has_a_volume(collator):
+    collator = CTMoEDataCollator(collator.processor, always_volumes=True)
+    example = row(1, "vqa_open", "a spot", [], prompt="What is a nodule?")
+    batch, alone = collator([example]), CTMoEDataCollator(collator.processor)([example])
+    assert batch["pixel_values"].shape[0] == 1
+    assert batch["num_volumes"] == 0
+    assert batch["row_names"] == ["row 1"]
+    labels = batch["labels"][batch["labels"] != -100]
+    assert torch.equal(labels, alone["labels"][alone["labels"] != -100])
+
+
+def test_one_path_where_a_list_belongs_is_refused(collator, scans):
+    # Letter by letter it would be many paths, the root of the disk among them.
+    with pytest.raises(DataError, match="not all of them lists"):
+        collator([row(1, "report", "text", scans[:1]) | {"images": scans[0]}])
+
+
 def test_the_messages_form_is_refused_with_the_reason(collator, scans):
     with pytest.raises(DataError, match="could hold the answer"):
         collator([{"images": scans[:1], "messages": [{"role": "user", "content": "x"}]}])

@@ -78,6 +78,12 @@ def test_a_stage_may_be_left_out_or_empty(write):
     assert recipe.stage2.even_tasks
 
 
+def test_words_that_yaml_reads_as_false_are_meant_as_written(write):
+    recipe = load_recipe(write("output_dir: run\nuse_cpu: true\ntrain_task_groups: off\nsave_strategy: no"))
+    assert recipe.stage2.train_task_groups == "off"
+    assert recipe.stage2.save_strategy == "no"
+
+
 @pytest.mark.parametrize(
     ("text", "finding"),
     [
@@ -94,6 +100,16 @@ def test_a_stage_may_be_left_out_or_empty(write):
         ("output_dir: run\nuse_cpu: true\nnum_train_epochs: [1]", "stage1: num_train_epochs is a list"),
         ("output_dir: run\nuse_cpu: true\nseed: {a: 1}", "stage1: seed is a dict"),
         ("output_dir: run\nuse_cpu: true\nfp16: perhaps", "fp16"),
+        ("output_dir: run\nuse_cpu: true\nlearning_rate: null", "learning_rate is empty"),
+        ("output_dir: run\nuse_cpu: true\nlearning_rate: .nan", "learning_rate is a float (nan)"),
+        ("output_dir: run\nuse_cpu: true\nlora_r: 4.5", "lora_r is a float (4.5)"),
+        ("output_dir: run\nuse_cpu: true\nlearning_rates: fast", "learning_rates"),
+        ("output_dir: run\nuse_cpu: true\nper_device_train_batch_size: -1", "below 1"),
+        ("output_dir: run\nuse_cpu: true\nsave_only_model: true", "save_only_model"),
+        ("output_dir: run\nuse_cpu: true\nstreaming: 'false'", "streaming: is a str"),
+        ("output_dir: run\nuse_cpu: true\nmodel: 5", "model: is a int"),
+        ("output_dir: run\nuse_cpu: true\nstage1: {output_dir: x}", "names an output_dir"),
+        ("output_dir: run\nuse_cpu: true\nstage1: false", "stage1 is no list of settings"),
     ],
 )
 def test_mistakes_are_named_with_the_file(write, text, finding):

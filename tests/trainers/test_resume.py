@@ -220,10 +220,37 @@ def test_skipped_rows_are_remembered_over_a_resume(stage_run, rows, tmp_path):
         assert json.loads((folder / "training_report.json").read_text())["rows_skipped"] == 2
 
 
-def test_other_settings_for_a_finished_stage_are_refused(stage_run):
+@pytest.mark.parametrize("step", [None, 3])
+def test_other_settings_for_a_run_that_was_begun_are_refused(stage_run, rows, step):
+    stage_run("run", step=step)
+    with pytest.raises(TrainingError, match="was made with other values of learning_rate, train_language_model"):
+        stage_run("run", learning_rate=1e-5, train_language_model="full")
+    with pytest.raises(TrainingError, match="was made with other values of rows"):
+        stage_run("run", data=rows.select(range(5)))
+    stage_run("run", logging_steps=2, dataloader_num_workers=1)  # these do not matter
+
+
+def test_a_torn_list_of_skipped_rows_does_not_stop_a_resume(stage_run, tmp_path):
+    stage_run("run", step=3)
+    (tmp_path / "run-training" / "skipped_rows.jsonl").write_text('{"step": 1, "row": "row 1", "error": "x"}\n{"st')
     stage_run("run")
-    with pytest.raises(TrainingError, match="was trained with other settings of learning_rate"):
-        stage_run("run", learning_rate=1e-5)
+    assert records(tmp_path / "run-training" / "skipped_rows.jsonl") == [{"step": 1, "row": "row 1", "error": "x"}]
+
+
+@pytest.mark.slow
+def test_sigterm_to_the_whole_group_while_scans_are_read_saves_the_step(run, tmp_path):
+    """As a scheduler sends it: to the workers as well."""
+    code, output = run("ended", die={"at": "group", "step": 3}, dataloader_num_workers=2, save_steps=100)
+    assert code == 1
+    assert "ended by SIGTERM after step" in output
+    assert last_checkpoint(tmp_path / "ended-training") is not None
+
+
+@pytest.mark.slow
+def test_sigterm_after_the_last_step_loses_nothing(run, tmp_path):
+    code, output = run("ended", die={"at": "signal", "step": 7}, save_strategy="no")
+    assert code == 0, output
+    assert (tmp_path / "ended" / "model.safetensors").is_file()
 
 
 def test_save_total_limit_keeps_the_newest_whole_checkpoint(stage_run, tmp_path):

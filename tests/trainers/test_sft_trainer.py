@@ -406,6 +406,41 @@ def test_processes_that_are_not_connected_are_refused(exact, rows, settings, mon
         make_trainer(prepare_stage(model, stage), processor, rows, stage)
 
 
+def test_another_loss_function_is_refused(exact, rows, settings):
+    # TRL would run a second forward pass, and the routing losses of the first would be lost.
+    model, processor = exact
+    stage = Stage2Config(**settings, train_language_model="frozen")
+    with pytest.raises(TrainingError, match="compute_loss_func: bypasses the routing losses"):
+        make_trainer(prepare_stage(model, stage), processor, rows, stage, compute_loss_func=lambda *args: None)
+
+
+@pytest.mark.parametrize("batch_size", [1, 4])
+def test_the_evaluation_loss_is_the_mean_over_all_answer_tokens(exact, rows, settings, tmp_path, batch_size):
+    model, processor = exact
+    data = failing_rows(rows, [1, 2], tmp_path)
+    settings = settings | {"per_device_eval_batch_size": batch_size}
+    stage = Stage2Config(**settings, train_language_model="frozen")
+    trainer = make_trainer(prepare_stage(model, stage), processor, rows, stage, eval_dataset=data)
+    nll, tokens = 0.0, 0
+    for number in (0, 3, 4, 5):
+        batch = CTMoEDataCollator(processor)([rows[number]])
+        count = int((batch["labels"][:, 1:] != -100).sum())
+        with torch.no_grad():
+            nll += model.eval()(**inputs_of(batch), labels=batch["labels"]).loss.item() * count
+        tokens += count
+    assert trainer.evaluate()["eval_loss"] == pytest.approx(nll / tokens, rel=1e-4)
+
+
+def test_what_is_called_outside_training_is_not_kept(exact, rows, settings):
+    model, processor = exact
+    stage = Stage2Config(**settings, train_language_model="frozen")
+    trainer = make_trainer(prepare_stage(model, stage), processor, rows, stage)
+    trainer.train()
+    model(**inputs_of(CTMoEDataCollator(processor)([rows[0]])))
+    assert trainer._routing is None
+    assert trainer._fused_outputs is None
+
+
 def test_plain_settings_of_trl_are_refused(exact, rows, tmp_path):
     from trl import SFTConfig
 
@@ -433,6 +468,23 @@ def test_checkpointing_cache_and_workers_change_no_loss(exact, rows, settings, t
     for name, found in losses.items():
         assert found == pytest.approx(losses["plain"], rel=1e-5), name
     assert len(list((tmp_path / "cache").glob("*.safetensors"))) == 2
+
+
+@pytest.mark.parametrize("language_model", ["full", "lora"])
+def test_checkpointing_sends_no_gradient_through_a_frozen_encoder(exact, rows, settings, language_model):
+    model, processor = exact
+    choices = dict.fromkeys(["train_task_groups", "train_task_router"], "frozen")
+    choices |= {"train_language_model": language_model}
+    stage = Stage2Config(**settings | {"activation_checkpointing": True}, **choices)
+    trainer = make_trainer(prepare_stage(model, stage), processor, rows, stage)
+    trainer.train()
+    trainer.model.train()
+    features = []
+    model.model.vision_tower.register_forward_hook(lambda module, args, output: features.append(output[0]))
+    batch = CTMoEDataCollator(processor)([rows[0]])
+    trainer.model(**inputs_of(batch))
+    assert model.model.vision_tower.is_activation_checkpointing
+    assert not features[0].requires_grad
 
 
 @pytest.mark.slow

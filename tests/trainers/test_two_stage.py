@@ -138,6 +138,33 @@ def test_an_adapter_can_stay_separate(model_folder, rows, settings, tmp_path):
         torch.testing.assert_close(onto.eval()(**inputs).logits, merged(**inputs).logits, rtol=0, atol=1e-5)
 
 
+def test_no_folder_of_this_machine_is_in_what_a_stage_leaves(model_folder, rows, settings, tmp_path):
+    train_two_stage(str(model_folder), None, rows, recipe(tmp_path, settings), stages=(1,), say=quiet)
+    for file in (tmp_path / "run" / "stage1").rglob("*.*"):
+        if file.suffix in (".json", ".md", ".jinja"):
+            text = file.read_text()
+            assert str(tmp_path) not in text, file
+            assert str(model_folder) not in text, file
+            assert ANSWERS["report"][0] not in text, file
+
+
+def test_what_would_end_a_run_late_ends_it_early(model_folder, rows, settings, tmp_path):
+    (tmp_path / "run" / "stage1").mkdir(parents=True)
+    (tmp_path / "run" / "stage1" / "notes.txt").touch()
+    with pytest.raises(TrainingError, match="holds something that is no finished stage"):
+        train_two_stage(str(model_folder), None, rows, recipe(tmp_path, settings), say=quiet)
+    (tmp_path / "file").touch()
+    with pytest.raises(TrainingError, match="cannot be written to"):
+        train_two_stage(str(model_folder), None, rows, recipe(tmp_path / "file", settings), say=quiet)
+    streamed = load_rows(rows, streaming=True)
+    with pytest.raises(TrainingError, match="max_steps: missing for streamed rows"):
+        train_two_stage(str(model_folder), None, streamed, recipe(tmp_path / "a", settings | {"max_steps": -1}))
+    with pytest.raises(TrainingError, match="without eval_data"):
+        train_two_stage(str(model_folder), None, rows, recipe(tmp_path / "b", settings | {"eval_strategy": "epoch"}))
+    with pytest.raises(TrainingError, match="stages"):
+        train_two_stage(str(model_folder), None, rows, recipe(tmp_path / "c", settings), stages=())
+
+
 def test_a_model_in_memory_is_saved_first(trained_model, rows, settings, tmp_path):
     model, processor = trained_model
     last = train_two_stage(model, processor, rows, recipe(tmp_path, settings), stages=(1,), say=quiet)
