@@ -32,7 +32,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from types import UnionType
-from typing import Any, Literal, get_args, get_origin
+from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 import yaml
 from trl import TrlParser
@@ -216,7 +216,7 @@ def load_recipe(path: str | Path, overrides: Iterable[str] = ()) -> TwoStageReci
 
 def _parse_stage(path: Path, name: str, output_dir: str, settings: dict[str, Any]) -> StageConfig:
     config = _STAGES[name]
-    kinds = {field.name: field.type for field in fields(config)}
+    kinds = get_type_hints(config)  # not the types of its fields, which the parser strips of None when it reads them
     # YAML reads these words as False.
     words = {"train_task_groups": "off", "save_strategy": "no", "eval_strategy": "no", "logging_strategy": "no"}
     settings = {key: words.get(key, value) if value is False else value for key, value in settings.items()}
@@ -246,7 +246,7 @@ def _parse_stage(path: Path, name: str, output_dir: str, settings: dict[str, Any
 
 def _fits(value: Any, kind: Any, may_be_dict: bool) -> bool:
     """Whether a value of YAML is of the kind of a field; text is left to the parser."""
-    kinds = set(get_args(kind)) if isinstance(kind, UnionType) or get_origin(kind) is not None else {kind}
+    kinds = set(get_args(kind)) if get_origin(kind) in (UnionType, Union) else {kind}
     if value is None:
         return type(None) in kinds
     if isinstance(value, dict):

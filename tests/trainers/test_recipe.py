@@ -72,7 +72,7 @@ def test_the_command_line_replaces_settings(write):
 
 
 def test_a_stage_may_be_left_out_or_empty(write):
-    recipe = load_recipe(write("output_dir: run\nuse_cpu: true\nstage1:\n"))
+    recipe = load_recipe(write("output_dir: run\nuse_cpu: true\nattn_implementation: null\nstage1:\n"))
     assert recipe.stage1.train_volume_layers == "full"
     assert recipe.stage2.train_task_groups == "full"
     assert recipe.stage2.even_tasks
