@@ -73,7 +73,9 @@ def main() -> None:
         save_file(whole, task["out"])
         print(json.dumps({"world": dist.get_world_size(), "sharded": len(sharded), "parameters": len(whole)}))
     dist.barrier()
-    dist.destroy_process_group()
+    # All is written. Without the teardown, in which gloo now and then aborts when the other process has gone first.
+    sys.stdout.flush()
+    os._exit(0)
 
 
 if __name__ == "__main__":
