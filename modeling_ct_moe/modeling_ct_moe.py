@@ -455,7 +455,7 @@ class CTMoERouter(nn.Module):
     def forward(self, hidden_states: torch.Tensor, guide: torch.Tensor, group: torch.Tensor) -> torch.Tensor:
         """float32 `(V, S * N, D)`, `(V, guide_size)` and group numbers `(V,)` to float32 logits `(V, S * N, E)`."""
         weight = self.weight[group].float()  # (V, E, D)
-        guide = guide.unsqueeze(-1)  # (V, guide_size, 1)
+        guide = guide.float().unsqueeze(-1)  # (V, guide_size, 1); FSDP2 casts what a layer is given
         if self.guide_scale is not None:
             weight = weight * (1 + torch.matmul(self.guide_scale[group].float(), guide)).transpose(1, 2)
         logits = torch.matmul(hidden_states, weight.transpose(1, 2))

@@ -100,7 +100,5 @@ class SaveOnSignal(TrainerCallback):
             self._previous = None
 
     def _handle(self, number, frame):
-        # A DataLoader worker, which was forked with this handler and may get the signal of its whole group, goes on:
-        # the step needs its batch. It ends with its parent.
-        if os.getpid() == self._process:
+        if os.getpid() == self._process:  # and not a DataLoader worker, which was forked with this handler
             self._received = True

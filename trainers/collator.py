@@ -16,6 +16,7 @@
 It runs in the workers of the DataLoader. A row whose scan cannot be read leaves its batch and is named in it.
 """
 
+import signal
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,6 +59,10 @@ class CTMoEDataCollator(DataCollatorForVisionLanguageModeling):
     always_volumes: bool = False
 
     def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
+        if torch.utils.data.get_worker_info() is not None:
+            # A launcher signals the whole group, and the step that is to be saved needs its batch. torch's own handler
+            # would end the worker; without it the worker ends with its parent.
+            signal.signal(signal.SIGTERM, signal.SIG_IGN)
         examples, failed = self._read(examples)
         names = [row_name(example) for example in examples]
         num_volumes = sum(len(example["images"]) for example in examples)

@@ -97,8 +97,10 @@ class CTMoESFTConfig(SFTConfig):
             self.bf16 = not self.fp16 and not self.use_cpu and torch.accelerator.is_available()
         if self.disable_tqdm is None:
             self.disable_tqdm = False  # else the library's own verbosity would decide
-        if self.volume_cache is not None and self.dataloader_num_workers > 0:
-            self.dataloader_persistent_workers = True  # a new worker would read every scan again to know its content
+        if self.dataloader_num_workers > 0:
+            # A new worker would read every scan again to know its content in the cache. And workers forked at every
+            # epoch beside the threads of DDP now and then never started.
+            self.dataloader_persistent_workers = True
         super().__post_init__()
         for name, finding, remedy in self._unsupported():
             raise TrainingError(name, finding, remedy)

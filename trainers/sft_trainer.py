@@ -88,7 +88,11 @@ class CTMoESFTTrainer(SFTTrainer):
         if args.volume_cache is not None:
             cache = VolumeCache(args.volume_cache, processing_class.image_processor, args.volume_cache_gb)
         collator = CTMoEDataCollator(
-            processing_class, volume_cache=cache, on_error=args.on_error, always_volumes=args.shards_parameters
+            processing_class,
+            volume_cache=cache,
+            on_error=args.on_error,
+            # DeepSpeed reduces gradients as they come, and so wants the same ones in every process.
+            always_volumes=args.shards_parameters or args.deepspeed_plugin is not None,
         )
         if not (args.gradient_checkpointing_kwargs or {}).get("use_reentrant"):
             # For checkpointing the library makes every embedding's output ask for a gradient, which only the reentrant
@@ -144,6 +148,11 @@ class CTMoESFTTrainer(SFTTrainer):
             return super().train(checkpoint, **kwargs)
         finally:
             self.signals.restore()
+            for loader in self.accelerator._dataloaders:
+                # Persistent workers ignore SIGTERM: left to the end of the process, they would be waited for.
+                iterator = getattr(getattr(loader, "base_dataloader", loader), "_iterator", None)
+                if iterator is not None:
+                    iterator._shutdown_workers()
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         inputs = dict(inputs)

@@ -30,6 +30,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+from accelerate.state import AcceleratorState
 from accelerate.utils import is_peft_model
 from datasets import Dataset, IterableDataset
 from transformers import TrainerCallback, set_seed
@@ -53,7 +54,6 @@ logger = logging.getLogger(__name__)
 REPORT = "training_report.json"
 _RUN = "run.json"  # beside the checkpoints: what the run is, so that no other goes on with it
 _LIBRARIES = ("torch", "transformers", "trl", "peft", "datasets", "accelerate")
-# Settings that say nothing about the result, or name folders, hosts and keys.
 # Settings that may change between one part of a run and the next: they do not decide what is learned.
 _FREE = {
     *("activation_checkpointing", "activation_offloading", "bf16", "debug", "disable_tqdm", "do_eval", "do_train"),
@@ -83,6 +83,7 @@ _FREE = {
     *("save_total_limit", "volume_cache_gb", "ddp_find_unused_parameters", "eos_token", "accelerator_config"),
     *("load_best_model_at_end", "metric_for_best_model", "max_failed_share", "attn_implementation", "run_name"),
 }
+# Settings that say nothing about the result, or name folders, hosts and keys.
 _UNREPORTED = {"output_dir", "logging_dir", "volume_cache", "run_name", "hub_token", "push_to_hub_token", "deepspeed"}
 
 
@@ -135,6 +136,8 @@ def train_two_stage(
         if not isinstance(start, str | Path):
             start = _save_start(start, processor, out / "start", recipe.stage1)
     for number in sorted(stages):
+        if recipe.stage1.deepspeed_plugin is not None:
+            AcceleratorState._reset_state()  # it takes the plugin of one stage only
         if number == 2:
             start, revision = out / "stage1", None
             if not (start / REPORT).is_file() or not (start / "config.json").is_file():
