@@ -14,13 +14,19 @@
 """The files in examples/accelerate, through accelerate's own code as far as it goes without a GPU.
 
 Run here: accelerate reads the file, `accelerate launch` checks it together with the documented command line and makes
-the environment of its processes, and the plugin of FSDP or DeepSpeed is made from that environment. In two processes
-on the CPU accelerate shards the model with the plugin of fsdp2.yaml, without the Accelerator, which selects no FSDP
-there. Not run: any step of training with these files, NCCL, bf16 arithmetic on a GPU, and all of DeepSpeed, which is
-not installed: of ZeRO only the settings that accelerate hands to it are compared.
+the environment of its processes, and the plugin of FSDP or DeepSpeed is made from that environment. Slow: each file
+trains both stages in two processes on the CPU, with its bfloat16, is cut off and goes on; of accelerate's sharding the
+weights are compared. accelerate selects no FSDP on a CPU, so there it is told that processes over gloo are GPUs.
+
+Not run: NCCL, bfloat16 on a GPU, several machines. DeepSpeed is no requirement of this package: without it only the
+settings that accelerate hands to it are compared, and the tests that train with it are skipped with that reason.
 """
 
+import importlib.util
 import json
+import os
+import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -34,9 +40,12 @@ from accelerate.commands.launch import _validate_launch_command, launch_command_
 from accelerate.utils import DeepSpeedPlugin, DistributedType, FullyShardedDataParallelPlugin
 from accelerate.utils.fsdp_utils import fsdp2_prepare_auto_wrap_policy
 from accelerate.utils.launch import prepare_deepspeed_cmd_env, prepare_multi_gpu_env
+from safetensors.torch import load_file
 from torch.distributed.fsdp import OffloadPolicy
 
 from ct_moe.hub.folder import load_folder
+from ct_moe.pipeline_ct_moe import REPORT_PROMPT
+from ct_moe.trainers.phantom import write_phantom
 
 
 FOLDER = Path(__file__).parents[2] / "examples" / "accelerate"
@@ -232,3 +241,133 @@ def test_accelerate_shards_the_model_over_two_processes(language_model, model_fo
     assert facts["same"], facts
     for name in ("CTMoEVisionEmbeddings", "CTMoEVisionLayer", "Phi3DecoderLayer"):
         assert any(wrapped.endswith(name) for wrapped in facts["wrapped"]), facts["wrapped"]
+
+
+# `ct-moe`, for which processes over gloo are GPUs: accelerate would select no FSDP else.
+FSDP_ON_CPU = """
+import accelerate.state
+from accelerate.utils import DistributedType
+
+prepare = accelerate.state.PartialState.__init__
+
+def pretend(self, *args, **kwargs):
+    prepare(self, *args, **kwargs)
+    if self.distributed_type == DistributedType.MULTI_CPU:
+        self._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+
+accelerate.state.PartialState.__init__ = pretend
+from ct_moe.hub.cli import main
+
+main()
+"""
+
+
+@pytest.fixture
+def train(model_folder, tmp_path):
+    """The documented command on the CPU, with a recipe in `tmp_path`; gives the command and its environment."""
+    rows = []
+    for seed in range(2):
+        scan = str(write_phantom(tmp_path / f"{seed}.nii.gz", seed=seed, shape=(4, 24, 24)))
+        rows.append({"images": [scan], "prompt": REPORT_PROMPT, "completion": "Findings: none.", "task": "report"})
+        rows.append({"images": [scan], "prompt": "A nodule?", "completion": "Yes.", "task": "vqa_closed"})
+        rows.append({"images": [], "prompt": "What is a nodule?", "completion": "Small.", "task": "vqa_open"})
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    (tmp_path / "fsdp_on_cpu.py").write_text(FSDP_ON_CPU)
+    settings = yaml.safe_load((FOLDER.parent / "recipe.yaml").read_text(encoding="utf-8"))
+    settings |= {"model": str(model_folder), "train_data": "rows.jsonl", "output_dir": "run", "use_cpu": True}
+    settings |= {"bf16": True, "per_device_train_batch_size": 1, "logging_steps": 1, "disable_tqdm": True}
+
+    def train(name: str, **changes) -> tuple[list[str], dict[str, str]]:
+        recipe = {**settings, **changes}
+        for stage in ("stage1", "stage2"):
+            recipe[stage] = {key: value for key, value in settings[stage].items() if key not in changes}
+        (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+        program = ["fsdp_on_cpu.py"] if name == "fsdp2" else ["-m", "ct_moe.hub.cli"]
+        command = [sys.executable, "-m", "accelerate.commands.launch", "--config_file", str(FOLDER / f"{name}.yaml")]
+        command += ["--num_processes", "2", "--main_process_port", "0", *program, "train", "--config", "recipe.yaml"]
+        env = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HOME": str(tmp_path / "hf"), "DS_ACCELERATOR": "cpu"}
+        return command, env
+
+    return train
+
+
+NO_DEEPSPEED = pytest.mark.skipif(
+    importlib.util.find_spec("deepspeed") is None, reason="DeepSpeed is not installed: pip install deepspeed"
+)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "language_model", "checkpointing"),
+    [
+        ("ddp", "lora", True),
+        ("fsdp2", "lora", True),
+        ("fsdp2", "full", True),
+        pytest.param("zero2", "lora", True, marks=NO_DEEPSPEED),
+        pytest.param("zero3", "lora", False, marks=NO_DEEPSPEED),
+        pytest.param("zero3", "full", True, marks=NO_DEEPSPEED),
+    ],
+)
+def test_both_stages_train_and_go_on_in_two_processes(
+    name, language_model, checkpointing, train, model_folder, tmp_path
+):
+    changes = {"train_language_model": language_model, "activation_checkpointing": checkpointing}
+    command, env = train(name, max_steps=4, save_steps=2, **changes)
+
+    def run(stage: int) -> str:
+        options = {"capture_output": True, "text": True, "timeout": 300, "cwd": tmp_path, "env": env}
+        done = subprocess.run([*command, "--stage", str(stage)], **options)
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    run(1)
+    stage1 = tmp_path / "run" / "stage1"
+    before = load_file(stage1 / "model.safetensors")
+    # As if it had been killed after the first checkpoint.
+    shutil.rmtree(stage1)
+    shutil.rmtree(tmp_path / "run" / "stage1-training" / "checkpoint-4")
+    assert "going on from run/stage1-training/checkpoint-2" in run(1)
+    after = load_file(stage1 / "model.safetensors")
+    assert all(torch.equal(before[key], tensor) for key, tensor in after.items())
+
+    run(2)
+    start = load_file(model_folder / "model.safetensors")
+    end = load_file(tmp_path / "run" / "stage2" / "model.safetensors")
+    for number in (1, 2):
+        report = json.loads((tmp_path / "run" / f"stage{number}" / "training_report.json").read_text())
+        assert report["processes"] == 2
+        assert all(part["total"] for part in report["parts"])
+        assert sum(part["lora"] for part in report["parts"]) == (53_248 if language_model == "lora" else 0)
+    # Each stage trains its experts and leaves the others: but for DeepSpeed, which holds all weights in bfloat16.
+    experts = "model.vision_tower.layers.2.moe.experts.down_proj"
+    shared = load_folder(str(model_folder))[0].config.vision_config.num_shared_experts
+    for old, new, held, trained in (
+        (start, after, slice(shared, None), slice(0, shared)),
+        (after, end, slice(0, shared), slice(shared, None)),
+    ):
+        old, new = old[experts], new[experts]
+        assert not torch.equal(new[trained], old[trained])
+        if name.startswith("zero"):
+            old, new = old.bfloat16(), new.bfloat16()
+        assert torch.equal(new[held], old[held])
+
+
+@pytest.mark.slow
+def test_sigterm_to_the_launcher_saves_the_step(train, tmp_path):
+    command, env = train("ddp", max_steps=60, dataloader_num_workers=1)
+    command += ["--stage", "1"]
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "cwd": tmp_path, "env": env}
+    with subprocess.Popen(command, **options) as launcher:
+        lines = []
+        for line in launcher.stdout:
+            lines.append(line)
+            if "'loss'" in line:
+                break
+        launcher.send_signal(signal.SIGTERM)
+        output = "".join([*lines, *launcher.stdout])
+    assert launcher.returncode != 0
+    assert "ended by SIGTERM" in output, output
+    assert list((tmp_path / "run" / "stage1-training").glob("checkpoint-*"))
+    done = subprocess.run(command, capture_output=True, text=True, timeout=200, cwd=tmp_path, env=env)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "going on from" in done.stdout
