@@ -172,6 +172,16 @@ class CTMoESFTTrainer(SFTTrainer):
         self._log_batch(loss.detach(), routing, fused, rows, inputs.get("task_ids"))
         return (loss, *outputs) if return_outputs else loss
 
+    def _get_dataloader(self, *args, **kwargs):
+        """With a generator of its own for the seeds of its workers.
+
+        Drawn from the global one, as an iterator over new workers does and one over persistent workers does not, they
+        would shift all that is random in a resumed run.
+        """
+        loader = super()._get_dataloader(*args, **kwargs)
+        getattr(loader, "base_dataloader", loader).generator = torch.Generator()
+        return loader
+
     def get_batch_samples(self, epoch_iterator: Iterator, num_batches: int, device: torch.device) -> tuple[list, Any]:
         batches, num_items = super().get_batch_samples(epoch_iterator, num_batches, device)
         failed = [failure for batch in batches for failure in batch["failed_rows"]]
