@@ -64,7 +64,7 @@ class CTMoEDataCollator(DataCollatorForVisionLanguageModeling):
             # would end the worker; without it the worker ends with its parent.
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
         examples, failed = self._read(examples)
-        names = [row_name(example) for example in examples]
+        names = [example["name"] for example in examples]
         num_volumes = sum(len(example["images"]) for example in examples)
         filled = not examples or (self.always_volumes and not num_volumes)
         if filled:
@@ -88,10 +88,12 @@ class CTMoEDataCollator(DataCollatorForVisionLanguageModeling):
         }
 
     def prompt_inputs(self, examples: list[dict[str, Any]]) -> tuple[dict[str, Any], list[dict[str, Any]]]:
-        """What `generate` needs for the prompts of rows whose scans can be read, and those rows."""
-        examples, _ = self._read(examples)
-        if not examples:
-            return {}, []
+        """What `generate` needs for the prompts of rows whose scans can be read, and those rows.
+
+        If there are none, the inputs are those of a volume of air.
+        """
+        readable, _ = self._read(examples)
+        examples = readable or [self._blank()]
         messages = [prepare_multimodal_messages(example["prompt"], example["images"]) for example in examples]
         images = [example["images"] for example in examples]
         inputs = self.processor(
@@ -103,19 +105,22 @@ class CTMoEDataCollator(DataCollatorForVisionLanguageModeling):
             return_tensors=self.return_tensors,
             add_special_tokens=False,
         )
-        return dict(inputs), examples
+        return dict(inputs), readable
 
     def _read(self, examples: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[dict[str, str]]]:
-        """Rows with their scans processed, and which rows have none because one of theirs cannot be read."""
+        """Rows with their scans processed and a name, and which rows have none because a scan cannot be read."""
         readable, failed = [], []
         for example in examples:
             _check_columns(example)
+            name = _row_name(example)
             try:
-                readable.append({**example, "images": [self._process(image) for image in _images(example)]})
+                images = [self._process(image) for image in _images(example)]
             except (CTMoEError, OSError) as error:  # an OSError: of a disk that went away
                 if self.on_error == "raise":
                     raise
-                failed.append({"row": row_name(example), "error": str(error)})
+                failed.append({"row": name, "error": str(error)})
+            else:
+                readable.append({**example, "images": images, "name": name})
         return readable, failed
 
     def _process(self, image: Any) -> dict[str, np.ndarray]:
@@ -139,11 +144,10 @@ class CTMoEDataCollator(DataCollatorForVisionLanguageModeling):
             "images": [image_processor.process_volume(volume)],
             "prompt": [{"role": "user", "content": "-"}],
             "completion": [{"role": "assistant", "content": "-"}],
-            "row": "none",
         }
 
 
-def row_name(example: dict[str, Any]) -> str:
+def _row_name(example: dict[str, Any]) -> str:
     """How messages name a row: its number in the source, or its scans."""
     if example.get("row") is not None:
         return f"row {example['row']}"
@@ -168,11 +172,11 @@ def _check_columns(example: dict[str, Any]) -> None:
         "images" in example or "image" in example
     ):
         raise DataError(
-            row_name(example) if "images" in example or "image" in example else "a row",
+            _row_name(example) if "images" in example or "image" in example else "a row",
             f"has the columns {', '.join(sorted(example))}, {' and '.join(lists)} not all of them lists",
             "Give images (a list of scans), prompt and completion (lists of messages) and, if known, task; "
             "ct_moe.trainers.load_rows makes them of a file",
         )
 
 
-__all__ = ["CTMoEDataCollator", "row_name"]
+__all__ = ["CTMoEDataCollator"]

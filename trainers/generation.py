@@ -45,9 +45,7 @@ def generate_and_compare(trainer: "CTMoESFTTrainer", dataset: Any) -> tuple[dict
     trainer.model.eval()
     records = []
     for start in range(0, share, batch_size):
-        batch = mine[start : start + batch_size] or (rows[:1] if sharded else [])
-        batch_records = _answer(trainer, batch, synced=sharded)
-        records += batch_records if start < len(mine) else []
+        records += _answer(trainer, mine[start : start + batch_size], synced=sharded)
     trainer.model.train(was_training)
     records = gather_object(records)
     scores = {}
@@ -69,10 +67,8 @@ def token_f1(text: str, target: str) -> float:
 
 
 def _answer(trainer: "CTMoESFTTrainer", rows: list[dict[str, Any]], synced: bool) -> list[dict[str, Any]]:
-    from .collator import row_name
-
     inputs, rows = trainer.data_collator.prompt_inputs(rows)
-    if not rows:
+    if not rows and not synced:
         return []
     inputs = trainer._prepare_inputs(inputs)
     model = trainer.accelerator.unwrap_model(trainer.model)
@@ -89,7 +85,7 @@ def _answer(trainer: "CTMoESFTTrainer", rows: list[dict[str, Any]], synced: bool
         target = content if isinstance(content, str) else "\n".join(block["text"] for block in content)
         records.append(
             {
-                "row": row_name(row),
+                "row": row["name"],
                 "task": row.get("task"),
                 "generated": text,
                 "exact_match": exact_match(text, target),

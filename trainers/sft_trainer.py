@@ -217,12 +217,11 @@ class CTMoESFTTrainer(SFTTrainer):
             for parameter in module.parameters()
         }
         decayed = set(self.get_decay_parameter_names(network))
-        parts = part_of_parameters(self._network())
-        by_identity = {id(parameter): parts[name] for name, parameter in self._network().named_parameters()}
+        parts = part_of_parameters(network)
         groups: dict[tuple[float, float], list[nn.Parameter]] = {}
         for name, parameter in network.named_parameters():
             if parameter.requires_grad:
-                rate = _rate(by_identity[id(parameter)], rates, self.args.learning_rate)
+                rate = _rate(parts[name], rates, self.args.learning_rate)
                 decay = self.args.weight_decay if name in decayed and id(parameter) not in held else 0.0
                 groups.setdefault((rate, decay), []).append(parameter)
         optimizer_class, settings = self.optimizer_cls_and_kwargs or self.get_optimizer_cls_and_kwargs(

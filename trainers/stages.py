@@ -28,7 +28,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 
 from ct_moe import CTMoEForConditionalGeneration, TrainingError
 from ct_moe.modeling_ct_moe import CTMoEExperts
@@ -42,11 +42,7 @@ if TYPE_CHECKING:
 
 # Of the vision tower, unless said otherwise. LoRA is for pretrained layers: what is new and small is trained whole.
 TRAINABLE_PARTS = {
-    "slice_layers": (
-        "frozen",
-        "lora",
-        "full",
-    ),  # patch and position embeddings, and the layers below the volume layers
+    "slice_layers": ("frozen", "lora", "full"),  # and the embeddings of patches and positions
     "volume_layers": ("frozen", "lora", "full"),  # their attention and LayerNorms
     "ffns": ("frozen", "lora", "full"),  # pretrained FFNs of the volume layers
     "shared_group": ("frozen", "full"),  # its experts and routers, the guide, W_s, a second, 3D encoder
@@ -295,7 +291,5 @@ def _whole_shape(parameter: nn.Parameter) -> torch.Size:
 
 def _local_rows(parameter: DTensor, mask: torch.Tensor) -> torch.Tensor:
     """The part of a mask over the first axis that belongs to this process's shard."""
-    from torch.distributed.tensor import distribute_tensor
-
     full = mask.expand(parameter.shape).contiguous()
     return distribute_tensor(full, parameter.device_mesh, parameter.placements).to_local()

@@ -19,7 +19,6 @@ leaves is a folder that appears when it is complete: the model as AutoModel load
 """
 
 import json
-import logging
 import shutil
 import time
 from collections.abc import Callable, Iterator
@@ -50,39 +49,21 @@ from .stages import TrainedPart, format_parts, prepare_stage, trained_parts, use
 if TYPE_CHECKING:
     from ct_moe import CTMoEForConditionalGeneration, CTMoEProcessor
 
-logger = logging.getLogger(__name__)
 REPORT = "training_report.json"
 _RUN = "run.json"  # beside the checkpoints: what the run is, so that no other goes on with it
 _LIBRARIES = ("torch", "transformers", "trl", "peft", "datasets", "accelerate")
 # Settings that may change between one part of a run and the next: they do not decide what is learned.
-_FREE = {
-    *("activation_checkpointing", "activation_offloading", "bf16", "debug", "disable_tqdm", "do_eval", "do_train"),
-    *(
-        "dataloader_num_workers",
-        "dataloader_persistent_workers",
-        "dataloader_pin_memory",
-        "dataloader_prefetch_factor",
-    ),
-    *(
-        "eval_steps",
-        "eval_strategy",
-        "eval_on_start",
-        "eval_delay",
-        "per_device_eval_batch_size",
-        "eval_use_gather_object",
-    ),
-    *(
-        "generate_max_new_tokens",
-        "generate_samples",
-        "gradient_checkpointing",
-        "report_to",
-        "torch_compile",
-        "use_cpu",
-    ),
-    *("logging_steps", "logging_strategy", "logging_first_step", "log_level", "save_steps", "save_strategy"),
-    *("save_total_limit", "volume_cache_gb", "ddp_find_unused_parameters", "eos_token", "accelerator_config"),
-    *("load_best_model_at_end", "metric_for_best_model", "max_failed_share", "attn_implementation", "run_name"),
-}
+_FREE = set(
+    """
+    activation_checkpointing activation_offloading accelerator_config attn_implementation bf16 debug disable_tqdm
+    dataloader_num_workers dataloader_persistent_workers dataloader_pin_memory dataloader_prefetch_factor
+    ddp_find_unused_parameters do_eval do_train eos_token eval_delay eval_on_start eval_steps eval_strategy
+    eval_use_gather_object generate_max_new_tokens generate_samples gradient_checkpointing load_best_model_at_end
+    log_level logging_first_step logging_steps logging_strategy max_failed_share metric_for_best_model
+    per_device_eval_batch_size report_to save_steps save_strategy save_total_limit torch_compile use_cpu
+    volume_cache_gb
+    """.split()
+)
 # Settings that say nothing about the result, or name folders, hosts and keys.
 _UNREPORTED = {"output_dir", "logging_dir", "volume_cache", "run_name", "hub_token", "push_to_hub_token", "deepspeed"}
 

@@ -101,6 +101,11 @@ def test_rows_without_scans_make_a_batch_without_volumes(collator):
     assert (batch["labels"] != -100).any()
 
 
+def test_rows_without_a_number_are_named_by_their_scans(collator, scans):
+    example = {name: value for name, value in row(1, "report", "text", scans[:2]).items() if name != "row"}
+    assert collator([example])["row_names"] == [f"{scans[0]}, {scans[1]}"]
+
+
 def test_unreadable_rows_leave_the_batch(collator, scans, tmp_path):
     good, bad = row(1, "report", "text", scans[:1]), row(2, "report", "text", [scans[0], str(tmp_path / "none.nii")])
     examples = [bad, good]

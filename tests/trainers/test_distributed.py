@@ -25,7 +25,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from toy_rows import ANSWERS, records, row
+from toy_rows import ANSWERS, records, row, write_rows
 
 from ct_moe.hub.folder import save_folder
 from ct_moe.trainers.checkpoints import last_checkpoint
@@ -61,9 +61,7 @@ def exact_folder(trained_model, tmp_path) -> Path:
 def run(exact_folder, settings, tmp_path, unused_tcp_port):
     def run(out: str, rows: list[dict], processes: int, stage: int = 2, die: dict | None = None, **extra):
         rows_file = tmp_path / f"{out}.jsonl"
-        with rows_file.open("w") as file:
-            for row_ in rows:
-                file.write(json.dumps({name: value for name, value in row_.items() if name != "row"}) + "\n")
+        write_rows(rows_file, rows)
         task = {
             "model": str(exact_folder),
             "rows": str(rows_file),

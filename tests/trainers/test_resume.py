@@ -21,7 +21,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from toy_rows import records
+from toy_rows import records, write_rows
 
 from ct_moe import TrainingError
 from ct_moe.trainers import Stage1Config, Stage2Config, train_stage
@@ -35,9 +35,7 @@ WORKER = Path(__file__).with_name("run_stage.py")
 def run(model_folder, rows, settings, tmp_path):
     """A function that runs a stage in a process of its own and gives its exit code and output."""
     rows_file = tmp_path / "rows.jsonl"
-    with rows_file.open("w") as file:
-        for row in rows:
-            file.write(json.dumps({name: value for name, value in row.items() if name != "row"}) + "\n")
+    write_rows(rows_file, rows)
 
     def run(out: str, stage: int = 2, die: dict | None = None, **extra):
         # Everything random is on, and an epoch is three steps: a run crosses two of its borders.

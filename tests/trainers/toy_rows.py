@@ -14,6 +14,7 @@
 """Rows of the training tests."""
 
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +42,13 @@ def row(number: int, task: str, answer: str, scans: list[str], prompt: str | Non
         "task": task,
         "row": number,
     }
+
+
+def write_rows(path: str | Path, rows: Iterable[dict[str, Any]]) -> None:
+    """As a user's file has them: without numbers."""
+    with Path(path).open("w", encoding="utf-8") as file:
+        for row in rows:
+            file.write(json.dumps({name: value for name, value in row.items() if name != "row"}) + "\n")
 
 
 def records(path: str | Path) -> list[dict[str, Any]]:
