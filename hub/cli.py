@@ -302,6 +302,29 @@ def tiny_base(
     print(f"Wrote {out}: random weights, it can say nothing meaningful.")
 
 
+@app.command()
+def phantom(
+    out: Annotated[Path, typer.Argument(help="New folder for scans, rows and labels.")],
+    n: Annotated[int, typer.Option("--n", min=1, help="Training scans.")] = 100,
+    seed: Annotated[int, typer.Option(min=0, help="Another seed gives other scans.")] = 0,
+    validation: Annotated[int | None, typer.Option(min=0, help="Validation scans; by default a tenth.")] = None,
+    test: Annotated[int | None, typer.Option(min=0, help="Test scans; by default a quarter.")] = None,
+    file_format: Annotated[
+        Literal["nifti", "dicom", "both"], typer.Option("--format", help="Files of the scans.")
+    ] = "nifti",
+    workers: Annotated[int | None, typer.Option(min=1, help="Processes that draw; by default one per core.")] = None,
+) -> None:
+    """Draw synthetic CT scans of known content, with reports, questions and answers to train and measure on."""
+    with _quiet_libraries():
+        from ct_moe.trainers.phantom_set import write_phantoms
+
+        rows = write_phantoms(
+            out, n=n, seed=seed, validation=validation, test=test, file_format=file_format, workers=workers
+        )
+    print(f"Wrote {out}: " + ", ".join(f"{count:,} {split} rows" for split, count in rows.items()))
+    print(f"No patient is in it. Train on it: ct-moe train --config RECIPE --set train_data={out / 'train.jsonl'}")
+
+
 def _summary(record: dict, with_text: bool) -> str:
     slab = "" if record["slab_mm"] is None else f", {record['slab_mm']:g} mm slabs"
     lines = [f"{record['scan']}: {record['num_slices']} slices{slab}, task {record['task'] or 'none'}"]

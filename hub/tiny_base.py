@@ -20,6 +20,7 @@
 """
 
 import itertools
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Literal
 
@@ -88,6 +89,7 @@ def build_tiny_base(
     vision: dict | None = None,
     text: dict | None = None,
     dtype: torch.dtype = torch.float32,
+    sentences: Iterable[str] | None = None,
 ) -> Path:
     """Write a randomly initialised LLaVA base; the same arguments give the same bytes.
 
@@ -98,6 +100,7 @@ def build_tiny_base(
         vision: fields of `CLIPVisionConfig` that replace the tiny ones (56 px, patch 14, 4 layers of width 64).
         text: fields of the language model's config that replace the tiny ones (2 layers of width 128).
         dtype: dtype of the weights on disk.
+        sentences: text its tokenizer is trained on; by default `radiology_sentences()`.
 
     Returns:
         `out_dir`.
@@ -105,7 +108,7 @@ def build_tiny_base(
     Raises:
         ModelError: `out_dir` holds something already.
     """
-    tokenizer = _train_tokenizer()
+    tokenizer = _train_tokenizer(radiology_sentences() if sentences is None else sentences)
     config = _config(tokenizer, text_model, vision or {}, text or {})
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -151,7 +154,7 @@ def radiology_sentences() -> list[str]:
     ]
 
 
-def _train_tokenizer() -> PreTrainedTokenizerFast:
+def _train_tokenizer(sentences: Iterable[str]) -> PreTrainedTokenizerFast:
     """Byte-level BPE: every text can be encoded, so there is no unknown token."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -161,7 +164,7 @@ def _train_tokenizer() -> PreTrainedTokenizerFast:
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
-    tokenizer.train_from_iterator(radiology_sentences(), trainer)
+    tokenizer.train_from_iterator(sentences, trainer)
     tokenizer.add_special_tokens(_SPECIAL_TOKENS)  # added last: they take the highest ids, as in Phi-3
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,

@@ -1,0 +1,354 @@
+# Copyright 2026 The CT-MoE authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The paper's claims on phantoms: every arm trained with the same budget, scored on the same held-out scans.
+
+    python examples/phantom/ablations.py --data phantoms --base phantom-base --out phantom-ablations
+
+Runs what is not there yet, one after the other, and can be cut off and started again at any time, also on several
+machines that share or later merge --out: `--part 1/3` does every third run. `--list` shows all and which are done.
+`--split validation` is for choosing settings; results of the test split are written once and never overwritten.
+`python examples/phantom/results.py --out phantom-ablations` turns the runs into the table and plots of RESULTS.md.
+
+The primary endpoint, named before the first run: accuracy of all closed questions of the test split together.
+"""
+
+import argparse
+import hashlib
+import json
+import sys
+import tempfile
+import time
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from pretrain_base import SLICES
+from torch import nn
+from train_demo import make_model
+
+from ct_moe import CTMoEError, CTMoEForConditionalGeneration, CTMoEProcessor
+from ct_moe.trainers.phantom_benchmark import evaluate_phantoms
+from ct_moe.trainers.recipe import Stage1Config, Stage2Config
+from ct_moe.trainers.rows import check_tasks, interleave_tasks, load_rows
+from ct_moe.trainers.sft_trainer import CTMoESFTTrainer
+from ct_moe.trainers.stages import prepare_stage
+from ct_moe.trainers.volume_cache import VolumeCache
+
+
+TASKS = ("report", "vqa_closed", "vqa_open")
+EXPERTS, WIDTH = 4, 48  # per group; width of each
+GROUPS = 1 + len(TASKS)
+BOTH = {"num_experts": EXPERTS, "moe_intermediate_size": WIDTH}
+DENSE = {"moe_layers": []}
+ALL_SLICES = SLICES["max_slices"]  # pz = all
+STEPS = (150, 75)  # of stage 1 and stage 2, 16 rows each
+SCORED_SCANS = 160
+
+
+@dataclass
+class Arm:
+    """One way to build and train the model.
+
+    Attributes:
+        question: letter of the claim.
+        name: of the arm.
+        seeds: how many runs.
+        convert: settings of the conversion.
+        scans: training scans; `None` for all.
+        scratch: forget the pretrained weights.
+        two_stages: False: one stage of the same length that trains everything both stages train.
+        groups: what the expert groups of a row are: "task" or "scan" (a hash of the scan's name).
+        labelled: whether rows tell their task in training.
+        task_embedding: a learned vector per task, added before the first layer that has experts in other arms.
+        wrong_group: also score the model with the next task's group forced.
+    """
+
+    question: str
+    name: str
+    seeds: int = 3
+    convert: dict[str, Any] = field(default_factory=lambda: dict(BOTH))
+    scans: int | None = None
+    scratch: bool = False
+    two_stages: bool = True
+    groups: str = "task"
+    labelled: bool = True
+    task_embedding: bool = False
+    wrong_group: bool = False
+
+
+def arms() -> list[Arm]:
+    """Every arm, in the order in which they run: the shared reference first."""
+    reference = Arm("c", "both levels", seeds=5, wrong_group=True)
+    found = [reference]
+    # (c) What the experts bring. One expert without a router is a dense layer beside the FFN.
+    one = {"tasks": [], "num_experts": 1}
+    found += [
+        replace(
+            reference,
+            name="dense, equal total",
+            convert=one | {"moe_intermediate_size": GROUPS * EXPERTS * WIDTH},
+            wrong_group=False,
+        ),
+        replace(
+            reference,
+            name="dense, equal active",
+            convert=one | {"moe_intermediate_size": 2 * WIDTH},
+            wrong_group=False,
+        ),
+        replace(
+            reference,
+            name="dense with a task embedding",
+            convert={"num_experts": 1, "moe_intermediate_size": 2 * WIDTH},
+            task_embedding=True,
+            wrong_group=False,
+        ),
+        replace(
+            reference,
+            name="token level",
+            convert={
+                "tasks": [],
+                "num_experts": GROUPS * EXPERTS,
+                "num_experts_per_tok": 2,
+                "moe_intermediate_size": WIDTH,
+            },
+            wrong_group=False,
+        ),
+        replace(
+            reference,
+            name="task level",
+            convert={"num_experts": 1, "moe_intermediate_size": EXPERTS * WIDTH},
+            wrong_group=False,
+        ),
+        replace(reference, name="both levels, groups by scan", groups="scan", wrong_group=False),
+    ]
+    # (d) Two stages.
+    found.append(Arm("d", "one stage", seeds=5, two_stages=False))
+    # (a) Reuse of the 2D pretraining, by the number of scans.
+    for scans in (50, 200, 800, None):
+        found += [
+            Arm("a", f"reused, {scans or 'all'} scans", scans=scans),
+            Arm("a", f"from scratch, {scans or 'all'} scans", scans=scans, scratch=True),
+        ]
+    # (b) Attention across slices, without experts.
+    for pz in (1, ALL_SLICES):
+        for name, layers in (("none", []), ("upper half", [2, 3]), ("all", [0, 1, 2, 3])):
+            for fraction in (0.5, 0.0) if layers else (0.5,):
+                rotary = "" if fraction else ", no rotary"
+                found.append(
+                    Arm(
+                        "b",
+                        f"volume layers: {name}{rotary}, pz {'all' if pz > 1 else 1}",
+                        convert={
+                            **DENSE,
+                            "volume_layers": layers,
+                            "depth_rotary_fraction": fraction,
+                            "pool": [pz, 2, 2],
+                        },
+                    )
+                )
+    # (e) Slice scores.
+    found += [
+        Arm("e", "TG-IS, published", convert={**BOTH, "slice_scoring": "tgis", "tgis_variant": "paper"}),
+        Arm("e", "TG-IS, normalised", convert={**BOTH, "slice_scoring": "tgis", "tgis_temperature": 0.8}),
+    ]
+    # (f) Tasks nobody named.
+    found.append(Arm("f", "label-free routing", labelled=False))
+    return found
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, default=Path("phantoms"), help="folder written by ct-moe phantom")
+    parser.add_argument("--base", type=Path, default=Path("phantom-base"), help="written by pretrain_base.py")
+    parser.add_argument(
+        "--scratch-base", type=Path, default=None, help="the same with --steps 0; by default BASE-scratch"
+    )
+    parser.add_argument("--out", type=Path, default=Path("phantom-ablations"))
+    parser.add_argument("--only", default="", help="letters of the claims to run, such as cd")
+    parser.add_argument("--seeds", type=int, default=5, help="at most so many seeds of every arm")
+    parser.add_argument("--part", default="1/1", help="I/N: every N-th run, from the I-th")
+    parser.add_argument("--split", default="test", choices=["validation", "test"])
+    parser.add_argument("--steps", type=int, nargs=2, default=STEPS, help="of stage 1 and stage 2")
+    parser.add_argument("--list", action="store_true", help="show all runs and which are done")
+    args = parser.parse_args()
+    runs = [
+        (arm, seed)
+        for arm in arms()
+        for seed in range(min(arm.seeds, args.seeds))
+        if not args.only or arm.question in args.only
+    ]
+    runs.sort(key=lambda run: run[1])  # the first seed of every arm before the second of any
+    part, parts = map(int, args.part.split("/"))
+    runs = runs[part - 1 :: parts]
+    if args.list:
+        for arm, seed in runs:
+            done = "done" if result_file(args.out, args.split, arm, seed).is_file() else "-"
+            print(f"{done:5}({arm.question}) {arm.name}, seed {seed}")
+        return
+    try:
+        for number, (arm, seed) in enumerate(runs, 1):
+            file = result_file(args.out, args.split, arm, seed)
+            if file.is_file():
+                continue
+            print(f"{number} of {len(runs)}: ({arm.question}) {arm.name}, seed {seed}", flush=True)
+            result = run(arm, seed, args)
+            file.parent.mkdir(parents=True, exist_ok=True)
+            part_file = file.with_suffix(".part")
+            part_file.write_text(json.dumps(result) + "\n", encoding="utf-8")
+            part_file.replace(file)
+            scores = result["scores"]
+            print(
+                f"  closed {100 * scores['closed']['accuracy']:.1f} %, between slices "
+                f"{100 * scores['closed']['kinds']['between_slices']:.1f} %, {result['seconds']:.0f} s",
+                flush=True,
+            )
+    except CTMoEError as error:
+        sys.exit(f"ablations: error: {error}")
+
+
+def result_file(out: Path, split: str, arm: Arm, seed: int) -> Path:
+    name = "".join(c if c.isalnum() else "-" for c in arm.name)
+    return out / split / f"{arm.question}_{name}_{seed}.json"
+
+
+def run(arm: Arm, seed: int, args: argparse.Namespace) -> dict[str, Any]:
+    """Convert, train both stages, score."""
+    started = time.monotonic()
+    torch.manual_seed(seed)
+    base = args.base if not arm.scratch else args.scratch_base or args.base.with_name(f"{args.base.name}-scratch")
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = Path(temporary) / "model"
+        make_model(base, folder, **{"tasks": list(TASKS), "pool": [1, 2, 2], **arm.convert})
+        processor = CTMoEProcessor.from_pretrained(folder)
+        model = CTMoEForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
+        redraw_added(model, seed)
+        if arm.task_embedding:
+            add_task_embedding(model)
+        steps = train(model, processor, arm, seed, args, Path(temporary))
+    trained = time.monotonic()
+    cache = VolumeCache(args.data / "slices", processor.image_processor)
+    settings = {"split": args.split, "scans": SCORED_SCANS, "controls": (), "tasks": ("vqa_closed", "vqa_open")}
+    settings |= {"volume_cache": cache, "batch_size": 32, "progress": False}
+
+    def task_of(row: dict) -> str | None:
+        if arm.groups == "scan":
+            return TASKS[scan_hash(row["images"])]
+        return row["task"] if arm.task_embedding else None
+
+    scores = evaluate_phantoms(model, processor, args.data, task=task_of, **settings)
+    record = {
+        "arm": {"question": arm.question, "name": arm.name},
+        "seed": seed,
+        "steps": steps,
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "threads": torch.get_num_threads(),
+        "seconds_training": round(trained - started, 1),
+        "scores": scores,
+    }
+    if arm.wrong_group:
+        following = dict(zip(TASKS, (*TASKS[1:], TASKS[0])))
+        wrong = evaluate_phantoms(model, processor, args.data, task=lambda row: following[row["task"]], **settings)
+        record["wrong_group"] = wrong
+    return {**record, "seconds": round(time.monotonic() - started, 1)}
+
+
+@torch.no_grad()
+def redraw_added(model: CTMoEForConditionalGeneration, seed: int) -> None:
+    """Other random weights in the experts of every run: conversion alone always draws the same."""
+    generator = torch.Generator().manual_seed(seed)
+    for name, parameter in model.named_parameters():
+        if ".experts.up" in name or name.endswith("router.weight"):
+            parameter.copy_(parameter.std() * torch.randn(parameter.shape, generator=generator))
+
+
+def train(model, processor, arm: Arm, seed: int, args: argparse.Namespace, folder: Path) -> list[int]:
+    """Both stages in memory; returns their steps."""
+    rows = load_rows(args.data / "train.jsonl")
+    kept = set(sorted({row[0] for row in rows["images"]})[: arm.scans])
+    if arm.scans is not None:
+        rows = rows.filter(lambda row: row["images"][0] in kept)
+    if arm.groups == "scan":
+        rows = rows.map(lambda row: {"task": TASKS[scan_hash(row["images"][0])]})
+    if not arm.labelled or not model.config.tasks:
+        rows = rows.map(lambda row: {"task": None})
+    rows = check_tasks(rows, list(model.config.tasks))
+    stages = [(Stage1Config, {"train_task_groups": "off"}), (Stage2Config, {})]
+    steps = list(args.steps)
+    if not arm.two_stages:
+        stages = [(Stage2Config, {"train_volume_layers": "full", "train_shared_group": "full"})]
+        steps = [sum(steps)]
+    for number, ((kind, settings), count) in enumerate(zip(stages, steps)):
+        experts = bool(model.config.vision_config.moe_layers) and bool(model.config.tasks)
+        if kind is Stage2Config and (arm.task_embedding or not experts):
+            settings = {**settings, "train_task_groups": "off"}
+        stage = kind(
+            output_dir=str(folder / f"stage{number}"),
+            max_steps=count,
+            per_device_train_batch_size=16,
+            learning_rate=6e-4,
+            learning_rates={"language_model": 3e-4, "volume_layers": 3e-4},
+            train_language_model="full",
+            lr_scheduler_type="cosine",
+            warmup_steps=0.05,
+            bf16=True,
+            use_cpu=not torch.cuda.is_available(),
+            volume_cache=str(args.data / "slices"),
+            dataloader_num_workers=1,
+            gradient_checkpointing=False,
+            save_strategy="no",
+            report_to="none",
+            logging_steps=50,
+            disable_tqdm=True,
+            seed=seed,
+            even_tasks=False,
+            **settings,
+        )
+        drawn = rows
+        if kind is Stage2Config and arm.labelled and model.config.tasks:
+            drawn = interleave_tasks(rows, seed=seed, tasks=list(model.config.tasks))
+        prepare_stage(model, stage)
+        if arm.task_embedding:
+            model.task_embedding.requires_grad_(True)
+        trainer = CTMoESFTTrainer(model=model, args=stage, train_dataset=drawn, processing_class=processor)
+        trainer.train()
+    return steps
+
+
+def scan_hash(name: str) -> int:
+    """Number of a group, from the scan's name alone."""
+    return hashlib.sha256(Path(name).name.encode()).digest()[0] % len(TASKS)
+
+
+def add_task_embedding(model: CTMoEForConditionalGeneration) -> None:
+    """A vector per task on every token, before the first layer with experts."""
+    tower = model.model.vision_tower
+    model.task_embedding = nn.Embedding(len(TASKS), model.config.vision_config.hidden_size)
+    nn.init.zeros_(model.task_embedding.weight)
+    chosen: list[torch.Tensor] = []
+
+    def remember(module, inputs, named) -> None:
+        chosen[:] = [named["task_index"]]
+
+    def add(module, inputs):
+        hidden_states, num_slices, *rest = inputs
+        vectors = model.task_embedding(chosen[0].clamp(min=0)).repeat_interleave(num_slices, dim=0)
+        return hidden_states + vectors[:, None].to(hidden_states.dtype), num_slices, *rest
+
+    tower.register_forward_pre_hook(remember, with_kwargs=True)
+    tower.layers[min(model.config.vision_config.moe_layers)].register_forward_pre_hook(add)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,331 @@
+# Copyright 2026 The CT-MoE authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Pretrain a small 2D base on single slices of phantoms with captions and questions: what CT-MoE then converts.
+
+    ct-moe phantom phantoms --n 1600
+    python examples/phantom/pretrain_base.py --data phantoms --out phantom-base
+
+The base is a LLaVA (CLIP tower, MLP projector, Llama) in the library's own format, made as real ones are: the tower
+learns to tell which findings, organs and phase the caption of a slice names; the language model learns to answer
+questions about texts that are there to read; then all of it learns to caption and to answer from slices. It never sees
+two slices of one scan together. Cut off, the same command goes on after the last finished part.
+`--tower-steps 0 --text-steps 0 --steps 0` writes the untrained network.
+"""
+
+import argparse
+import json
+import math
+import shutil
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import torch
+from safetensors.torch import load_model, save_model
+from torch.utils.data import Dataset, WeightedRandomSampler
+from tqdm.auto import tqdm
+from transformers import AutoProcessor, LlavaForConditionalGeneration, Trainer, TrainingArguments
+
+from ct_moe import CTMoEError, CTMoEImageProcessor, DataError
+from ct_moe.hub.folder import new_folder
+from ct_moe.hub.tiny_base import build_tiny_base
+from ct_moe.trainers.phantom_anatomy import FINDINGS, PHASES
+from ct_moe.trainers.phantom_texts import (
+    SIDED,
+    questions,
+    report_text,
+    slice_findings,
+    slice_organs,
+    slice_texts,
+)
+from ct_moe.trainers.volume_cache import VolumeCache
+
+
+# Of the base and of every model that is made from it.
+VISION = {
+    "hidden_size": 192,
+    "intermediate_size": 768,
+    "num_hidden_layers": 5,  # four are read
+    "num_attention_heads": 6,
+    "image_size": 96,
+    "patch_size": 12,
+}
+TEXT = {
+    "hidden_size": 192,
+    "intermediate_size": 512,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 6,
+}
+SLICES = {"slab_mm": 18.0, "max_slices": 24, "slab_reduction": ("mean", "mean", "max"), "crop_body": True}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", required=True, type=Path, help="folder written by ct-moe phantom")
+    parser.add_argument("--out", required=True, type=Path, help="new folder for the base")
+    parser.add_argument("--scans", type=int, default=None, help="use the slices of so many training scans")
+    parser.add_argument("--tower-steps", type=int, default=1500, help="of the tower alone, 64 slices each")
+    parser.add_argument("--text-steps", type=int, default=1500, help="of the language model alone, 24 texts each")
+    parser.add_argument("--steps", type=int, default=1500, help="of the whole base, 32 slices each")
+    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+    try:
+        pretrain(args)
+    except CTMoEError as error:
+        sys.exit(f"pretrain_base: error: {error}")
+
+
+def pretrain(args: argparse.Namespace) -> None:
+    """Build the base and train its parts; every finished part is kept in OUT-training until all are done."""
+    work = args.out.with_name(f"{args.out.name}-training")
+    dataset = SliceTexts(args.data, args.scans, args.seed)
+    if not (work / "base").exists():
+        build_tiny_base(
+            work / "base", text_model="llama", vision=VISION, text=TEXT, seed=args.seed, sentences=dataset.sentences()
+        )
+    dataset.processor = AutoProcessor.from_pretrained(work / "base")
+    model = LlavaForConditionalGeneration.from_pretrained(work / "base", dtype=torch.float32)
+    torch.manual_seed(args.seed)
+    model.apply(model._init_weights)
+    if args.tower_steps:
+        with kept(model.model.vision_tower, work / "tower.safetensors") as missing:
+            if missing:
+                pretrain_tower(model.model.vision_tower, dataset, args.tower_steps, args.lr)
+    if args.text_steps:
+        with kept(model, work / "text.safetensors") as missing:
+            if missing:
+                train(model, Texts(dataset), work, args, args.text_steps, batch=24)
+    if args.steps:
+        train(model, dataset, work, args, args.steps, batch=32, rates={"vision_tower": 0.2})
+    with new_folder(args.out) as folder:
+        shutil.copytree(work / "base", folder, dirs_exist_ok=True)
+        model.save_pretrained(folder)
+    shutil.rmtree(work)
+
+
+@contextmanager
+def kept(module: torch.nn.Module, file: Path) -> Iterator[bool]:
+    """Load a trained part, or yield True for it to be trained and then keep it."""
+    if file.is_file():
+        load_model(module, file)
+        yield False
+        return
+    yield True
+    save_model(module, file.with_suffix(".part"))
+    file.with_suffix(".part").replace(file)
+
+
+def train(model, dataset, work: Path, args, steps: int, batch: int, rates: dict[str, float] | None = None) -> None:
+    """One part with the library's Trainer; `rates` are factors of the learning rate by part of a parameter's name."""
+    arguments = TrainingArguments(
+        output_dir=str(work),
+        max_steps=steps,
+        per_device_train_batch_size=batch,
+        learning_rate=args.lr,
+        lr_scheduler_type="cosine",
+        warmup_steps=0.05,
+        max_grad_norm=1.0,
+        bf16=True,
+        use_cpu=not torch.cuda.is_available(),
+        logging_steps=25,
+        save_strategy="no",
+        report_to="none",
+        dataloader_num_workers=1,
+        remove_unused_columns=False,
+        seed=args.seed,
+    )
+    groups: dict[float, list] = {}
+    for name, parameter in model.named_parameters():
+        factor = next((factor for part, factor in (rates or {}).items() if part in name), 1.0)
+        groups.setdefault(factor, []).append(parameter)
+    optimizer = torch.optim.AdamW(
+        [{"params": group, "lr": args.lr * factor} for factor, group in groups.items()], weight_decay=0.05
+    )
+    BalancedTrainer(
+        model, arguments, train_dataset=dataset, data_collator=dataset.collate, optimizers=(optimizer, None)
+    ).train()
+
+
+def pretrain_tower(tower: torch.nn.Module, dataset: "SliceTexts", steps: int, lr: float) -> None:
+    """Teach the vision tower which findings (by side), organs and phase a slice shows.
+
+    A linear head scores every patch, and a sharp log-mean-exp over patches scores the slice, so that a small lesion is
+    learned where it lies. The head is thrown away.
+    """
+    targets = dataset.targets()
+    head = torch.nn.Linear(VISION["hidden_size"], targets.shape[1])
+    parameters = [*tower.parameters(), *head.parameters()]
+    optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.05)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.1)
+    order = iter(dataset.sampler(64 * steps))
+    for _ in tqdm(range(steps), desc="vision tower"):
+        batch = torch.tensor([next(order) for _ in range(64)])
+        with torch.autocast("cpu", torch.bfloat16):
+            outputs = tower(dataset.pixel_values[batch].float(), output_hidden_states=True)
+            scores = head(outputs.hidden_states[-2][:, 1:]).float()  # what a LLaVA reads, without the class token
+        scores = ((4 * scores).logsumexp(1) - math.log(scores.shape[1])) / 4
+        loss = torch.nn.functional.binary_cross_entropy_with_logits(scores, targets[batch])
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+    print(f"vision tower: loss {loss.item():.4f} in the last step")
+
+
+class BalancedTrainer(Trainer):
+    """Draws slices so that rare findings are as frequent as common ones."""
+
+    def _get_train_sampler(self, *args, **kwargs):
+        return self.train_dataset.sampler(len(self.train_dataset))
+
+
+class SliceTexts(Dataset):
+    """Slabs of training scans, each with a conversation about it: one item per slab."""
+
+    def __init__(self, data: Path, scans: int | None, seed: int):
+        labels = data / "train_labels.jsonl"
+        if not labels.is_file():
+            raise DataError(str(labels), "is not there", "Write phantoms first: ct-moe phantom OUT --n 1600")
+        with labels.open(encoding="utf-8") as file:
+            self.labels = [json.loads(line) for line, _ in zip(file, range(scans or 10**9))]
+        self.seed, self.processor = seed, None
+        self.cache = VolumeCache(data / "slices", image_processor(VISION))
+        paths = [data / labels["images"] for labels in self.labels]
+        with ThreadPoolExecutor(2) as threads:
+            slabs = list(tqdm(threads.map(self._read, paths), total=len(paths), desc="slices"))
+        self.places = [(scan, slab, len(rows)) for scan, rows in enumerate(slabs) for slab in range(len(rows))]
+        self.pixel_values = torch.cat(slabs)
+
+    def _read(self, path: Path) -> torch.Tensor:
+        return torch.from_numpy(self.cache.read(str(path))["pixel_values"]).bfloat16()
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __getitem__(self, index: int) -> dict:
+        return {"pixel_values": self.pixel_values[index], "conversation": self.conversation(index)}
+
+    def slab(self, index: int) -> tuple[dict, float, float]:
+        """Labels of its scan, and its ends."""
+        scan, slab, count = self.places[index]
+        return self.labels[scan], slab / count, (slab + 1) / count
+
+    def conversation(self, index: int, salt: int | None = None) -> list[tuple[str, str]]:
+        # Other wordings every time: torch seeds every worker and epoch anew.
+        rng = np.random.default_rng(torch.randint(2**31, ()).item() if salt is None else [salt, index])
+        pairs = slice_texts(*self.slab(index), rng)
+        rng.shuffle(pairs)
+        return pairs
+
+    def targets(self) -> torch.Tensor:
+        """What the caption of every slab names, `(slabs, targets)` of 0 and 1: the findings first."""
+        findings = [(name, side) for name in FINDINGS for side in (("left", "right") if name in SIDED else (None,))]
+        rows = []
+        for index in range(len(self)):
+            labels, *ends = self.slab(index)
+            seen = slice_findings(labels, *ends)
+            row = [
+                any(name == other and (side is None or lesion["side"] in (side, "both")) for other, lesion in seen)
+                for name, side in findings
+            ]
+            self.num_findings = len(row)
+            row += [organ in slice_organs(labels, *ends) for organ in labels["organ_areas"]]
+            rows.append(row + [labels["phase"] == phase for phase in PHASES])
+        return torch.tensor(rows, dtype=torch.float32)
+
+    def sampler(self, num_samples: int) -> WeightedRandomSampler:
+        """Half of the draws by finding, each finding and side as often as any other, half from all slabs."""
+        shown = self.targets()[:, : self.num_findings]
+        share = shown / shown.sum(0).clamp(min=1)
+        weights = share.sum(1) / self.num_findings + 1 / len(self)
+        return WeightedRandomSampler(weights.double(), num_samples)
+
+    def sentences(self) -> list[str]:
+        """The text that the tokenizer learns from: of these slabs and of the rows about whole scans."""
+        texts = [text for i in range(0, len(self), 3) for pair in self.conversation(i, self.seed) for text in pair]
+        rows = self.cache.folder.parent / "train.jsonl"
+        with rows.open(encoding="utf-8") as file:
+            for line in file:
+                row = json.loads(line)
+                texts += [row["prompt"], row["completion"]]
+        return texts
+
+    def collate(self, items: list[dict]) -> dict[str, torch.Tensor]:
+        tokenizer = self.processor.tokenizer
+        tokens = (VISION["image_size"] // VISION["patch_size"]) ** 2
+        encoded = []
+        for item in items:
+            ids, labels = [], []
+            for turn, (prompt, answer) in enumerate(item["conversation"]):
+                image = "<image>" * tokens + "\n" if turn == 0 and "pixel_values" in item else ""
+                asked = tokenizer(f"<|user|>\n{image}{prompt}<|end|>\n<|assistant|>\n")["input_ids"]
+                said = tokenizer(f"{answer}<|end|>")["input_ids"]
+                gap = tokenizer("\n")["input_ids"]
+                ids += asked + said + gap
+                labels += [-100] * len(asked) + said + [-100] * len(gap)
+            encoded.append((ids, labels))
+        length = max(len(ids) for ids, _ in encoded)
+        pad = tokenizer.pad_token_id
+        images = [item["pixel_values"] for item in items if "pixel_values" in item]
+        return {
+            **({"pixel_values": torch.stack(images).float()} if images else {}),
+            "input_ids": torch.tensor([ids + [pad] * (length - len(ids)) for ids, _ in encoded]),
+            "attention_mask": torch.tensor([[1] * len(ids) + [0] * (length - len(ids)) for ids, _ in encoded]),
+            "labels": torch.tensor([labels + [-100] * (length - len(labels)) for _, labels in encoded]),
+        }
+
+
+class Texts(Dataset):
+    """Captions and reports to read, with questions whose answers are in them: no image."""
+
+    def __init__(self, slices: SliceTexts):
+        self.slices = slices
+
+    def __len__(self) -> int:
+        return len(self.slices)
+
+    def sampler(self, num_samples: int):
+        return self.slices.sampler(num_samples)
+
+    def __getitem__(self, index: int) -> dict:
+        rng = np.random.default_rng(torch.randint(2**31, ()).item())
+        if rng.random() < 0.5:
+            (_, caption), *pairs = slice_texts(*self.slices.slab(index), rng)
+            text = caption
+        else:
+            labels = self.slices.slab(index)[0]
+            text = report_text(labels, rng)
+            pairs = [(question.prompt, question.completion) for question in questions(labels, rng) if question.told]
+        rng.shuffle(pairs)
+        (first, answer), *rest = pairs[:5]
+        return {"conversation": [(f"{text}\n{first}", answer), *rest]}
+
+    def collate(self, items: list[dict]) -> dict[str, torch.Tensor]:
+        return self.slices.collate(items)
+
+
+def image_processor(vision: dict) -> CTMoEImageProcessor:
+    """The image processor that models made from this base have."""
+    size = vision["image_size"]
+    return CTMoEImageProcessor(size={"height": size, "width": size}, patch_size=vision["patch_size"], **SLICES)
+
+
+if __name__ == "__main__":
+    main()

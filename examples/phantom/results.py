@@ -1,0 +1,620 @@
+# Copyright 2026 The CT-MoE authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The table and the plots of the runs that ablations.py wrote.
+
+    pip install "ct-moe[plots]"
+    python examples/phantom/results.py --out phantom-ablations --write examples/phantom
+
+Reads OUT/test/*.json and writes ABLATIONS.md, scarcity.png and arms.png. What was not run is listed as such.
+
+The rule for what the numbers say was set before the first run: a difference between two arms is taken over the same
+questions and the same seeds, in the direction that speaks for the claim, and its 95 % interval is a bootstrap over
+scans. Above 0 the claim holds, below 0 it does not hold, and if the interval covers 0 it cannot be told.
+"""
+
+import argparse
+import json
+import math
+import sys
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from ablations import arms
+
+from ct_moe import CTMoEError, DataError
+from ct_moe.trainers.bootstrap import bootstrap_interval, paired_bootstrap_interval
+
+
+REFERENCE = ("c", "both levels")
+WRONG_GROUP = ("c", "both levels, wrong group forced")
+# Trains as the reference does, whose runs stand in for those that it does not have.
+SAME_AS_REFERENCE = ("a", "reused, all scans")
+SCARCITY = (50, 200, 800, None)
+RULE = """\
+Accuracy in percent on closed questions about synthetic scans (phantoms) that no training saw, unless a column says
+otherwise. Phantoms tell how the parts of this model compare, not how it reads patients. Numbers are cut after the
+first decimal, not rounded. `[low, high]` is a 95 % interval by bootstrap over scans: every scan that is drawn brings
+all its questions, each with its mean over seeds. It does not hold the chance of training again, which the spread over
+seeds (lowest to highest) shows. A difference is taken over the same questions and over the seeds that both arms have,
+in the direction that speaks for the claim.
+
+The rule, set before the first run, on numbers before they are cut: a claim **holds** where the interval of the
+difference is above 0, it **does not hold** where it is below 0, and it **cannot be told** where the interval covers
+0. Intervals are not widened for the number of comparisons: of twenty between equal arms, about one leaves out 0 by
+chance."""
+
+
+@dataclass
+class Comparison:
+    """Two arms, (letter, name) each, of which the claim says that `better` is the better one.
+
+    Attributes:
+        row: the one of the two in whose row of the table the difference is shown.
+        label: in the sentence.
+        judged: whether the claim stands or falls with it.
+    """
+
+    better: tuple[str, str]
+    worse: tuple[str, str]
+    row: tuple[str, str]
+    label: str
+    judged: bool = True
+
+
+@dataclass
+class Claim:
+    """A claim of the paper, with the rows of its table in order."""
+
+    letter: str
+    text: str
+    difference: str  # heading of the column
+    rows: list[tuple[str, str]]
+    comparisons: list[Comparison]
+    note: str = ""
+
+
+@dataclass
+class Run:
+    """One run: a value per question, in the order of `Results.questions`.
+
+    Attributes:
+        right: 1 or 0.
+        groups: index of the expert group; `None` without groups.
+    """
+
+    parameters: int
+    right: np.ndarray
+    groups: list[int | None]
+
+
+@dataclass
+class Results:
+    """All runs, by arm and seed.
+
+    Attributes:
+        records: as read, once each, for the time they took.
+        questions: of each, `images`, `kind`, `topic` (first word of the template, "open" aside) and `closed` (bool).
+        planned: seeds of each arm.
+        borrowed: how many runs of an arm are those of the reference.
+    """
+
+    records: list[dict[str, Any]]
+    questions: list[dict[str, Any]]
+    runs: dict[tuple[str, str], dict[int, Run]]
+    planned: dict[tuple[str, str], int]
+    borrowed: dict[tuple[str, str], int]
+
+    def where(self, test: Callable[[dict], bool]) -> np.ndarray:
+        return np.array([test(question) for question in self.questions], dtype=bool)
+
+    @property
+    def closed(self) -> np.ndarray:
+        return self.where(lambda question: question["closed"])
+
+    def right(self, arm: tuple[str, str], seeds: Sequence[int], chosen: np.ndarray) -> np.ndarray:
+        """(seeds, chosen questions)."""
+        return np.stack([self.runs[arm][seed].right[chosen] for seed in seeds])
+
+    def scans(self, chosen: np.ndarray) -> list[str]:
+        return [question["images"] for question, is_chosen in zip(self.questions, chosen) if is_chosen]
+
+
+@dataclass
+class Difference:
+    """`mean` of better minus worse, its interval, and per seed; `planned` seeds of both."""
+
+    mean: float
+    interval: tuple[float, float]
+    per_seed: list[float]
+    planned: int
+
+    @property
+    def verdict(self) -> str:
+        return verdict(self.interval)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("phantom-ablations"), help="--out of ablations.py")
+    parser.add_argument("--write", type=Path, default=Path(__file__).parent, help="folder for the table and plots")
+    parser.add_argument("--all-scans", type=int, default=1600, help="how many scans all of them are (for the plot)")
+    args = parser.parse_args()
+    try:
+        write_results(args.out, args.write, args.all_scans)
+    except CTMoEError as error:
+        sys.exit(f"results: error: {error}")
+
+
+def write_results(out: Path, folder: Path, all_scans: int = 1600) -> None:
+    """Read OUT/test and write ABLATIONS.md and both plots into `folder`."""
+    results = read_runs(out)
+    pyplot = load_pyplot()  # before anything is written
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "ABLATIONS.md").write_text(table(results, out), encoding="utf-8")
+    plot_scarcity(results, folder / "scarcity.png", all_scans, pyplot)
+    plot_arms(results, folder / "arms.png", pyplot)
+
+
+def claims() -> list[Claim]:
+    """What is compared with what; every arm of ablations.py is in one of the tables."""
+    own = {letter: [(arm.question, arm.name) for arm in arms() if arm.question == letter] for letter in "abcdef"}
+    found = []
+
+    pairs = [(("a", f"reused, {n or 'all'} scans"), ("a", f"from scratch, {n or 'all'} scans")) for n in SCARCITY]
+    found.append(
+        Claim(
+            "a",
+            "Pretrained 2D weights help, at every number of training scans",
+            "Reused minus from scratch",
+            own["a"],
+            [Comparison(*pair, row=pair[1], label=pair[1][1].removeprefix("from scratch, ")) for pair in pairs],
+            "Plot: [scarcity.png](scarcity.png). `reused, all scans` trains as `both levels` of (c) does.",
+        )
+    )
+    volume = []
+    for pz in ("1", "all"):
+        upper = ("b", f"volume layers: upper half, pz {pz}")
+        for name in ("none", "upper half, no rotary", "all", "all, no rotary"):
+            other = ("b", f"volume layers: {name}, pz {pz}")
+            label = f"upper half minus {name}, pz {pz}"
+            volume.append(Comparison(upper, other, row=other, label=label, judged=name != "all, no rotary"))
+    found.append(
+        Claim(
+            "b",
+            "Attention across slices helps: in the upper half of the layers, with rotary embedding of the depth",
+            "Upper half minus this, same pz",
+            own["b"],
+            volume,
+            "Without experts. `all, no rotary` differs from `upper half` in two ways and counts for no verdict.",
+        )
+    )
+    found.append(
+        Claim(
+            "c",
+            "Experts at both levels help, more than as many parameters spent otherwise; groups learn their own task",
+            "Both levels minus this",
+            [REFERENCE, WRONG_GROUP, *own["c"][1:]],
+            [Comparison(REFERENCE, row, row, row[1]) for row in [WRONG_GROUP, *own["c"][1:]]],
+            "`wrong group forced` is the same models, scored with the next task's group.",
+        )
+    )
+    found.append(
+        Claim(
+            "d",
+            "Two stages are better than one of the same length",
+            "Both levels minus this",
+            [REFERENCE, *own["d"]],
+            [Comparison(REFERENCE, row, row, f"two stages minus {row[1]}") for row in own["d"]],
+        )
+    )
+    found.append(
+        Claim(
+            "e",
+            "Slice scores by the prompt (TG-IS) are better than mean pooling",
+            "This minus mean pooling",
+            [REFERENCE, *own["e"]],
+            [Comparison(row, REFERENCE, row, f"{row[1]}, minus mean pooling") for row in own["e"]],
+            "`both levels` is the arm with mean pooling.",
+        )
+    )
+    found.append(
+        Claim(
+            "f",
+            "Naming the tasks in training helps",
+            "Both levels minus this",
+            [REFERENCE, *own["f"]],
+            [Comparison(REFERENCE, row, row, f"both levels minus {row[1]}") for row in own["f"]],
+            "The last columns show what the group that the prompt chose has in common with the form of the question "
+            "(closed or open) and with what is asked (first word of the template): normalised mutual information, "
+            "2 I / (H + H), in percent, mean over seeds and lowest to highest. 0: independent; 100: one tells the "
+            "other.",
+        )
+    )
+    return found
+
+
+# Reading -----------------------------------------------------------------------------------------------------------
+
+
+def read_runs(out: Path) -> Results:
+    """Raises `DataError` where there is no run, or runs that cannot be compared."""
+    plan = {(arm.question, arm.name): arm for arm in arms()}
+    planned = {name: arm.seeds for name, arm in plan.items()}
+    planned[WRONG_GROUP] = plan[REFERENCE].seeds
+    files = sorted((out / "test").glob("*.json"))
+    if not files:
+        raise DataError(str(out / "test"), "no run is there", f"Run: python examples/phantom/ablations.py --out {out}")
+    results = Results([], [], {}, planned, {})
+    first: list[tuple] = []
+    for file in files:
+        try:
+            record = json.loads(file.read_text(encoding="utf-8"))
+            arm, seed, parameters = (
+                (record["arm"]["question"], record["arm"]["name"]),
+                record["seed"],
+                record["parameters"],
+            )
+            scored = {arm: _scored(record["scores"])}
+            if "wrong_group" in record:
+                scored[WRONG_GROUP] = _scored(record["wrong_group"])
+            kept = {name: record[name] for name in ("seconds", "seconds_training", "threads")}
+            kept["steps"] = sum(record["steps"])
+        except (ValueError, KeyError, TypeError) as error:
+            finding = f"is no record of a run ({type(error).__name__}: {error})"
+            raise DataError(file.name, finding, "Remove it, and run ablations.py again") from error
+        run = f"({arm[0]}) {arm[1]}, seed {seed},"
+        if arm not in plan or seed not in range(plan[arm].seeds):
+            raise DataError(file.name, f"{run} is not among the runs that ablations.py plans", "Move it elsewhere")
+        if seed in results.runs.get(arm, {}):
+            raise DataError(file.name, f"{run} is there twice", "Keep one of the files")
+        first = first or [answer.key for answer in scored[arm][0]]
+        for name, (answers, told) in scored.items():
+            if [answer.key for answer in answers] != first:
+                remedy = "Score all runs on the same --data"
+                raise DataError(file.name, f"answers other questions than {files[0].name}", remedy)
+            right = np.array([answer.right for answer in answers])
+            closed = right[[not answer.is_open for answer in answers]].mean()
+            if not math.isclose(closed, told, abs_tol=1e-6):
+                finding = f"its answers give the accuracy {closed:.4f}, its scores say {told:.4f}"
+                raise DataError(file.name, finding, "Remove it, and run ablations.py again")
+            groups = [answer.group for answer in answers]
+            results.runs.setdefault(name, {})[seed] = Run(parameters, right, groups)
+        results.records.append(kept)
+        if kept["steps"] != results.records[0]["steps"]:
+            finding = f"was trained for {kept['steps']} steps, {files[0].name} for {results.records[0]['steps']}"
+            raise DataError(file.name, finding, "Arms are compared with the same budget: use the same --steps")
+    results.questions = [
+        {"images": answer.key[0], "kind": answer.kind, "topic": answer.topic, "closed": not answer.is_open}
+        for answer in answers
+    ]
+    own = results.runs.setdefault(SAME_AS_REFERENCE, {})
+    lent = [seed for seed in results.runs.get(REFERENCE, {}) if seed < planned[SAME_AS_REFERENCE] and seed not in own]
+    own.update({seed: results.runs[REFERENCE][seed] for seed in lent})
+    results.borrowed[SAME_AS_REFERENCE] = len(lent)
+    return results
+
+
+@dataclass
+class _Answer:
+    key: tuple[str, str, str]  # the question: scan, template, prompt
+    kind: str
+    right: float
+    group: int | None
+
+    @property
+    def is_open(self) -> bool:
+        return self.key[1].startswith("open ")  # templates of open questions do: phantom_texts.py
+
+    @property
+    def topic(self) -> str:
+        return self.key[1].removeprefix("open ").split(" ")[0]
+
+
+def _scored(scores: dict[str, Any]) -> tuple[list[_Answer], float]:
+    """Answers sorted by question, since seeds and arms are paired by it, and the accuracy that was told."""
+    answers = [
+        _Answer((row["images"], row["template"], row["prompt"]), row["kind"], float(row["right"]), row["group"])
+        for row in scores["answers"]
+    ]
+    return sorted(answers, key=lambda answer: answer.key), scores["closed"]["accuracy"]
+
+
+# Numbers -----------------------------------------------------------------------------------------------------------
+
+
+def verdict(interval: tuple[float, float]) -> str:
+    """What an interval of a difference in the claim's direction says."""
+    low, high = interval
+    if low > 0:
+        return "holds"
+    return "does not hold" if high < 0 else "cannot be told (interval covers 0)"
+
+
+def difference(results: Results, comparison: Comparison) -> Difference | None:
+    """Over the closed questions and the seeds that both arms have; `None` where they share no seed."""
+    better, worse = (results.runs.get(arm, {}) for arm in (comparison.better, comparison.worse))
+    seeds = sorted(better.keys() & worse.keys())
+    if not seeds:
+        return None
+    closed = results.closed
+    a, b = (results.right(arm, seeds, closed) for arm in (comparison.better, comparison.worse))
+    interval = paired_bootstrap_interval(a.mean(0), b.mean(0), results.scans(closed))
+    planned = min(results.planned[arm] for arm in (comparison.better, comparison.worse))
+    return Difference(float((a - b).mean()), interval, (a - b).mean(1).tolist(), planned)
+
+
+def accuracy(results: Results, arm: tuple[str, str], seeds: Sequence[int], chosen: np.ndarray) -> tuple:
+    """Mean, its interval over scans, and the mean per seed."""
+    right = results.right(arm, seeds, chosen)
+    return float(right.mean()), bootstrap_interval(right.mean(0), results.scans(chosen)), right.mean(1).tolist()
+
+
+def mutual_information(a: Sequence, b: Sequence) -> float:
+    """Normalised by the mean of both entropies: 0 to 1, and 0 where one of the two never changes."""
+    _, rows = np.unique(np.asarray(a).astype(str), return_inverse=True)
+    _, columns = np.unique(np.asarray(b).astype(str), return_inverse=True)
+    joint = np.zeros((rows.max() + 1, columns.max() + 1))
+    np.add.at(joint, (rows, columns), 1 / len(rows))
+
+    def entropy(shares: np.ndarray) -> float:
+        shares = shares[shares > 0]
+        return float(-(shares * np.log(shares)).sum())
+
+    of_rows, of_columns = entropy(joint.sum(1)), entropy(joint.sum(0))
+    if min(of_rows, of_columns) < 1e-12:
+        return 0.0
+    return max(0.0, 2 * (of_rows + of_columns - entropy(joint.ravel())) / (of_rows + of_columns))
+
+
+def cut(share: float, sign: bool = False) -> str:
+    """Percent, cut after the first decimal. `round` only undoes what binary fractions do to 0.29."""
+    number = math.trunc(round(1000 * share, 6)) / 10 + 0.0  # no -0.0
+    return f"{number:+.1f}" if sign else f"{number:.1f}"
+
+
+def interval_text(interval: tuple[float, float]) -> str:
+    return f"[{cut(interval[0])}, {cut(interval[1])}]"
+
+
+def spread(values: Sequence[float], sign: bool = False) -> str:
+    return f"{cut(min(values), sign)} to {cut(max(values), sign)}"
+
+
+# Text --------------------------------------------------------------------------------------------------------------
+
+
+def table(results: Results, out: Path) -> str:
+    """ABLATIONS.md."""
+    closed = results.closed
+    lines = ["# Ablations on phantoms", "", RULE, ""]
+    asked = f"{closed.sum()} closed and {(~closed).sum()} open questions"
+    lines += [
+        f"Test split: {len(set(results.scans(closed)))} scans, {asked}.",
+        f"{time_spent(results.records)} All arms: [arms.png](arms.png).",
+    ]
+    for claim in claims():
+        lines += ["", f"## ({claim.letter}) {claim.text}", "", sentence(results, claim), ""]
+        if claim.note:
+            lines += [claim.note, ""]
+        lines += claim_table(results, claim)
+    command = f"python examples/phantom/ablations.py --out {out}\npython examples/phantom/results.py --out {out}"
+    lines += ["", "## The command", "", "```bash", command, "```"]
+    return "\n".join(lines) + "\n"
+
+
+def time_spent(records: list[dict[str, Any]]) -> str:
+    threads = Counter(record["threads"] for record in records)
+    counts = ", ".join(f"{runs} with {number} thread{'s'[: number != 1]}" for number, runs in sorted(threads.items()))
+    hours, training = (sum(record[key] for record in records) / 3600 for key in ("seconds", "seconds_training"))
+    cores = sum(record["seconds"] * record["threads"] for record in records) / 3600
+    steps = records[0]["steps"]
+    return (
+        f"{len(records)} run{'s'[: len(records) != 1]} of {steps} steps ({counts}) took {cut(hours / 100)} h of "
+        f"machine time, {cut(training / 100)} h of it for training; times threads, {cut(cores / 100)} core hours."
+    )
+
+
+def sentence(results: Results, claim: Claim) -> str:
+    """What the numbers say, by the rule at the top of this file."""
+    parts, verdicts = [], []
+    judged = [comparison for comparison in claim.comparisons if comparison.judged]
+    for comparison in judged:
+        found = difference(results, comparison)
+        if found is None:
+            parts.append(f"{comparison.label}: {not_comparable(results, comparison)}")
+            verdicts.append("not run yet")
+            continue
+        text = f"difference {cut(found.mean, True)} {interval_text(found.interval)}: **{found.verdict}**"
+        if not found.verdict.startswith("cannot") and min(found.per_seed) * max(found.per_seed) <= 0:
+            text += ", though not with every seed"
+        if len(found.per_seed) < found.planned:
+            text += f", so far ({len(found.per_seed)} of {found.planned} seeds)"
+        parts.append(f"{comparison.label}: {text}")
+        verdicts.append(found.verdict.split(" (")[0])
+    if len(judged) == 1:
+        return f"What the numbers say: {parts[0]}."
+    order = ("holds", "does not hold", "cannot be told", "not run yet")
+    total = ", ".join(f"{name} in {verdicts.count(name)}" for name in order if name in verdicts)
+    return f"What the numbers say ({total} of {len(judged)} comparisons): {'; '.join(parts)}."
+
+
+def not_comparable(results: Results, comparison: Comparison) -> str:
+    done = all(results.runs.get(arm) for arm in (comparison.better, comparison.worse))
+    return "no seed of both yet" if done else "not run yet"
+
+
+def claim_table(results: Results, claim: Claim) -> list[str]:
+    heads = ["Arm", "Seeds", "Parameters", "Closed", "Closed by seed", "Between slices", "Open"]
+    heads += [claim.difference, "Difference by seed"]
+    groups = claim.letter == "f"
+    heads += ["Group and form", "Group and what is asked"] if groups else []
+    lines = [f"| {' | '.join(heads)} |", f"|---|{'---:|' * (len(heads) - 1)}"]
+    shown = {comparison.row: comparison for comparison in claim.comparisons}
+    for arm in claim.rows:
+        planned, seeds = seeds_in(results, claim, arm)
+        cells = [arm[1] if arm != REFERENCE else f"**{arm[1]}**", f"{len(seeds)} of {planned}"]
+        if borrowed := results.borrowed.get(arm):
+            cells[1] += f" ({borrowed} of `{REFERENCE[1]}`)"
+        if not seeds:
+            lines.append(f"| {' | '.join([*cells, '-', 'not run yet', *['-'] * (len(heads) - 4)])} |")
+            continue
+        mean, interval, per_seed = accuracy(results, arm, seeds, results.closed)
+        between = results.where(lambda question: question["closed"] and question["kind"] == "between_slices")
+        cells += [
+            " / ".join(f"{count:,}" for count in sorted({results.runs[arm][seed].parameters for seed in seeds})),
+            f"{cut(mean)} {interval_text(interval)}",
+            spread(per_seed),
+            *(
+                cut(results.right(arm, seeds, chosen).mean()) if chosen.any() else "-"
+                for chosen in (between, ~results.closed)
+            ),
+        ]
+        found = difference(results, shown[arm]) if arm in shown else None
+        if found is None:
+            cells += [not_comparable(results, shown[arm]) if arm in shown else "-", "-"]
+        else:
+            cells += [f"{cut(found.mean, True)} {interval_text(found.interval)}", spread(found.per_seed, True)]
+        if groups:
+            cells += group_cells(results, arm, seeds)
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def seeds_in(results: Results, claim: Claim, arm: tuple[str, str]) -> tuple[int, list[int]]:
+    """How many seeds of an arm a table is about, and those done: of the reference no more than the others have."""
+    planned = results.planned[arm]
+    if arm == REFERENCE:
+        planned = max(results.planned[row] for row in claim.rows if row != REFERENCE)
+    return planned, sorted(seed for seed in results.runs.get(arm, {}) if seed < planned)
+
+
+def group_cells(results: Results, arm: tuple[str, str], seeds: Sequence[int]) -> list[str]:
+    cells = []
+    for name in ("closed", "topic"):
+        asked = [question[name] for question in results.questions]
+        found = [mutual_information(results.runs[arm][seed].groups, asked) for seed in seeds]
+        cells.append(f"{cut(float(np.mean(found)))} ({spread(found)})")
+    return cells
+
+
+# Plots -------------------------------------------------------------------------------------------------------------
+
+
+COLOURS = {"reused": "#0b6e99", "from scratch": "#c8553d", "other": "#4a4a4a", "missing": "#9a9a9a"}
+
+
+def load_pyplot():
+    try:
+        matplotlib = import_module("matplotlib")
+    except ModuleNotFoundError as error:
+        raise CTMoEError(error.name, "is not installed", 'Run: pip install "ct-moe[plots]"') from error
+    matplotlib.use("Agg")
+    return import_module("matplotlib.pyplot")
+
+
+def plot_scarcity(results: Results, file: Path, all_scans: int, pyplot) -> None:
+    """Accuracy by the number of training scans."""
+    figure, axes = pyplot.subplots(figsize=(8.4, 4.8), layout="constrained")
+    for name in ("reused", "from scratch"):
+        points = []
+        for scans in SCARCITY:
+            arm = ("a", f"{name}, {scans or 'all'} scans")
+            points.append([scans or all_scans, *[np.nan] * 3])  # a gap where nothing was run
+            if seeds := sorted(results.runs.get(arm, {})):
+                mean, interval, _ = accuracy(results, arm, seeds, results.closed)
+                points[-1][1:] = 100 * mean, 100 * interval[0], 100 * interval[1]
+        x, y, low, high = np.array(points).T
+        if np.isfinite(y).any():
+            label = "2D weights reused" if name == "reused" else name
+            axes.fill_between(x, low, high, color=COLOURS[name], alpha=0.18, linewidth=0)
+            # The band is seen between neighbours only; a point without neighbours needs a line.
+            axes.vlines(x, low, high, color=COLOURS[name], alpha=0.5, linewidth=1.2)
+            axes.plot(x, y, marker="o", color=COLOURS[name], label=label)
+    ticks = [scans or all_scans for scans in SCARCITY]
+    axes.set_xscale("log")
+    axes.set_xticks(ticks, [str(scans) for scans in ticks])
+    axes.set_xticks([], minor=True)
+    axes.set_xlim(ticks[0] / 1.25, ticks[-1] * 1.25)
+    axes.set_xlabel("training scans (log scale)")
+    axes.set_ylabel("accuracy on closed questions, %")
+    axes.set_title("Phantoms: reused 2D weights by number of training scans", loc="left", fontsize=12)
+    axes.grid(axis="y", color="#dddddd", linewidth=0.7)
+    axes.spines[["top", "right"]].set_visible(False)
+    if axes.get_legend_handles_labels()[0]:
+        axes.legend(frameon=False, loc="best", alignment="left", title="mean over seeds, 95 % interval over scans")
+    else:
+        axes.text(0.5, 0.5, "not run yet", transform=axes.transAxes, ha="center", color=COLOURS["missing"])
+    _save(figure, file, pyplot)
+
+
+def plot_arms(results: Results, file: Path, pyplot) -> None:
+    """Every arm: a dot and its interval, by claim."""
+    rows: list[tuple[Claim, tuple[str, str] | None]] = []
+    for claim in claims():
+        rows += [(claim, None), *((claim, arm) for arm in claim.rows)]
+    figure, axes = pyplot.subplots(figsize=(9.6, 0.25 * len(rows) + 1), layout="constrained")
+    colours, missing = [], []
+    for height, (claim, arm) in enumerate(rows):
+        if arm is None:
+            colours.append("black")
+            continue
+        _, seeds = seeds_in(results, claim, arm)
+        if not seeds:
+            colours.append(COLOURS["missing"])
+            missing.append(height)
+            continue
+        claimed = any(arm == comparison.better for comparison in claim.comparisons)
+        colours.append(COLOURS["reused" if claimed else "other"])
+        mean, (low, high), _ = accuracy(results, arm, seeds, results.closed)
+        axes.hlines(height, 100 * low, 100 * high, color=colours[-1], linewidth=1.6)
+        axes.plot(100 * mean, height, "o", color=colours[-1], markersize=5.5)
+    axes.set_ylim(len(rows) - 0.4, -0.8)
+    axes.set_yticks(range(len(rows)), ["" if arm is None else arm[1] for _, arm in rows])
+    for label, colour in zip(axes.get_yticklabels(), colours):
+        label.set_color(colour)
+    axes.tick_params(axis="y", length=0)
+    inside = axes.get_yaxis_transform()  # x from 0 to 1, y in rows
+    for height in missing:
+        axes.text(0.008, height, "not run yet", va="center", fontsize=9, color=COLOURS["missing"], transform=inside)
+    for height, (claim, arm) in enumerate(rows):
+        if arm is None:
+            # Over the whole width, names included.
+            band = axes.axhspan(height - 0.45, height + 0.45, -2, 1, color="#eeeeee", linewidth=0, clip_on=False)
+            text = axes.annotate(
+                f"({claim.letter}) {claim.text}", (0.008, height), xycoords=("figure fraction", "data"), va="center"
+            )
+            band.set_in_layout(False)
+            text.set_in_layout(False)
+    axes.grid(axis="x", color="#dddddd", linewidth=0.7)
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+    axes.set_xlabel("accuracy on closed questions, %: mean over seeds, 95 % interval over scans")
+    axes.set_title("Phantoms: all arms; blue: the better ones if the claim holds", loc="left", fontsize=12)
+    _save(figure, file, pyplot)
+
+
+def _save(figure, file: Path, pyplot) -> None:
+    figure.get_layout_engine().set(w_pad=0.1, h_pad=0.1)
+    # No date or version in the file: the same runs give the same bytes.
+    figure.savefig(file, dpi=100, facecolor="white", metadata={"Software": None})
+    pyplot.close(figure)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,87 @@
+# Copyright 2026 The CT-MoE authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Train the demo model: convert the pretrained base, run both stages of recipe.yaml, write bfloat16 weights.
+
+    ct-moe phantom phantoms --n 1600 --validation 100 --test 320
+    python examples/phantom/pretrain_base.py --data phantoms --out phantom-base
+    python examples/phantom/train_demo.py --data phantoms --base phantom-base --out demo_model
+
+Cut off at any moment, the same command goes on where it was. The code beside the weights are links to this package's,
+so that `AutoModel.from_pretrained("demo_model", trust_remote_code=True)` always runs what is in the repository.
+"""
+
+import argparse
+import json
+import os
+import sys
+from pathlib import Path
+
+from pretrain_base import SLICES
+
+import ct_moe
+from ct_moe import CTMoEError, CTMoEProcessor
+from ct_moe.hub.conversion import convert_base
+from ct_moe.hub.folder import load_folder, new_folder, write_folder
+from ct_moe.trainers.recipe import load_recipe
+from ct_moe.trainers.rows import load_rows
+from ct_moe.trainers.two_stage import train_two_stage
+
+
+SETTINGS = {"num_experts": 4, "moe_intermediate_size": 48, "pool": [1, 2, 2]}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data", type=Path, default=Path("phantoms"), help="folder written by ct-moe phantom")
+    parser.add_argument("--base", type=Path, default=Path("phantom-base"), help="written by pretrain_base.py")
+    parser.add_argument("--work", type=Path, default=Path("phantom-run"), help="folder for checkpoints and logs")
+    parser.add_argument("--recipe", type=Path, default=Path(__file__).with_name("recipe.yaml"))
+    parser.add_argument("--out", type=Path, required=True, help="new folder for the trained model")
+    args = parser.parse_args()
+    try:
+        args.work.mkdir(parents=True, exist_ok=True)
+        model = args.work / "converted"
+        if not model.exists():
+            make_model(args.base, model, **SETTINGS)
+        rows = args.data / "train.jsonl"
+        places = {"model": model, "train_data": rows, "output_dir": args.work, "volume_cache": args.data / "slices"}
+        recipe = load_recipe(args.recipe, [f"{name}={json.dumps(str(place))}" for name, place in places.items()])
+        save_small(train_two_stage(dataset=load_rows(rows), recipe=recipe), args.out)
+    except CTMoEError as error:
+        sys.exit(f"train_demo: error: {error}")
+    print(f"Wrote {args.out}. Measure it: python examples/phantom/evaluate.py --model {args.out} --data {args.data}")
+
+
+def make_model(base: Path, folder: Path, **settings) -> None:
+    """Convert the base and give the result the slices it was pretrained on."""
+    convert_base(base, folder, parity=False, progress=False, **settings)
+    processor = CTMoEProcessor.from_pretrained(folder)
+    for name, value in SLICES.items():
+        setattr(processor.image_processor, name, value)
+    processor.save_pretrained(folder)
+
+
+def save_small(trained: Path, out: Path) -> None:
+    """Weights in bfloat16, config, processor, and links to the code."""
+    model, processor, _ = load_folder(str(trained), dtype="bfloat16")
+    code = Path(ct_moe.__file__).parent
+    with new_folder(out) as folder:
+        write_folder(model, processor, folder)
+        for file in folder.glob("*.py"):
+            file.unlink()
+            file.symlink_to(os.path.relpath(code / file.name, out))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,111 @@
+# Copyright 2026 The CT-MoE authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The phantom examples from an empty folder to tables: every command of examples/phantom, with very few steps."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from ct_moe import load_volume
+
+
+pytestmark = pytest.mark.slow
+
+EXAMPLES = Path(__file__).parents[2] / "examples" / "phantom"
+
+
+def run(folder: Path, *command: object) -> str:
+    result = subprocess.run([sys.executable, *map(str, command)], cwd=folder, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr[-3000:]
+    return result.stdout
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Phantoms, a base and an untrained base."""
+    folder = tmp_path_factory.mktemp("phantom")
+    run(folder, "-m", "ct_moe.hub.cli", "phantom", "phantoms", "--n", 6, "--validation", 4, "--test", 4)
+    base = [EXAMPLES / "pretrain_base.py", "--data", "phantoms"]
+    run(folder, *base, "--out", "phantom-base", "--tower-steps", 2, "--text-steps", 2, "--steps", 2)
+    nothing = ["--tower-steps", 0, "--text-steps", 0, "--steps", 0]
+    run(folder, *base, "--out", "phantom-base-scratch", *nothing)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def demo_model(folder):
+    recipe = (EXAMPLES / "recipe.yaml").read_text(encoding="utf-8")
+    for steps in ("560", "340"):
+        assert f"max_steps: {steps}" in recipe
+        recipe = recipe.replace(f"max_steps: {steps}", "max_steps: 2")
+    (folder / "recipe.yaml").write_text(recipe.replace("batch_size: 16", "batch_size: 4"), encoding="utf-8")
+    run(folder, EXAMPLES / "train_demo.py", "--recipe", "recipe.yaml", "--out", "demo_model")
+    return folder / "demo_model"
+
+
+def test_demo_model_is_small_and_loads_with_its_own_code(folder, demo_model):
+    assert (demo_model / "model.safetensors").stat().st_size <= 10e6
+    code = demo_model / "modeling_ct_moe.py"
+    assert code.is_symlink()
+    assert code.resolve() == (EXAMPLES.parents[1] / "modeling_ct_moe" / "modeling_ct_moe.py").resolve()
+    script = (
+        "from transformers import pipeline\n"
+        "reporter = pipeline('ct-report', model='demo_model', trust_remote_code=True)\n"
+        "print(reporter('phantoms/test/scans/00000.nii.gz', max_new_tokens=4)['num_slices'])"
+    )
+    slices = int(run(folder, "-c", script))
+    extent = load_volume(folder / "phantoms/test/scans/00000.nii.gz")
+    assert slices == min(24, -(-extent.hu.shape[0] * extent.spacing[0] // 18))
+
+
+def test_demo_model_is_measured_with_controls_and_a_ceiling(folder, demo_model):
+    table = run(folder, EXAMPLES / "evaluate.py", "--model", demo_model, "--data", "phantoms", "--out", "scores")
+    scores = json.loads((folder / "scores" / "scores.json").read_text(encoding="utf-8"))
+    answers = [json.loads(line) for line in (folder / "scores" / "answers.jsonl").open(encoding="utf-8")]
+    closed = [answer for answer in answers if answer["completion"][1:2] == "."]
+    assert scores["closed"]["n"] == len(closed)
+    assert scores["closed"]["accuracy"] == pytest.approx(sum(answer["right"] for answer in closed) / len(closed))
+    assert {"blind", "other_scan", "shuffled_slices", "single_slice", "flipped"} == set(scores["controls"])
+    assert "blind" in table
+    run(
+        folder, EXAMPLES / "ceiling.py", "--model", demo_model, "--data", "phantoms", "--epochs", 16, "--out", "scores"
+    )
+    assert 0 <= json.loads((folder / "scores" / "ceiling.json").read_text(encoding="utf-8"))["macro_f1"] <= 1
+
+
+def test_every_arm_of_the_ablations_runs_and_is_not_run_twice(folder):
+    command = [EXAMPLES / "ablations.py", "--out", "ablations", "--steps", 1, 1, "--seeds", 1]
+    planned = run(folder, *command, "--list").splitlines()
+    assert planned
+    assert all(line.startswith("-") for line in planned)
+    run(folder, *command)
+    files = {file: file.stat().st_mtime_ns for file in (folder / "ablations" / "test").glob("*.json")}
+    assert len(files) == len(planned)
+    assert all(line.startswith("done") for line in run(folder, *command, "--list").splitlines())
+    assert run(folder, *command) == ""
+    assert files == {file: file.stat().st_mtime_ns for file in files}
+    sizes = {}
+    for file in files:
+        record = json.loads(file.read_text(encoding="utf-8"))
+        sizes[record["arm"]["name"]] = record["parameters"]
+    # Equal totals: what differs are routers and biases.
+    assert sizes["dense, equal total"] == pytest.approx(sizes["both levels"], rel=0.05)
+    assert sizes["token level"] == pytest.approx(sizes["both levels"], rel=0.05)
+    assert sizes["task level"] == pytest.approx(sizes["both levels"], rel=0.05)
+    run(folder, EXAMPLES / "results.py", "--out", "ablations", "--write", "results")
+    tables = (folder / "results" / "ABLATIONS.md").read_text(encoding="utf-8")
+    assert all(name in tables for name in sizes)

@@ -1,0 +1,342 @@
+# Copyright 2026 The CT-MoE authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The table and plots of the ablations, from hand-made runs whose answers are known."""
+
+import importlib
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from ct_moe import CTMoEError, DataError
+
+
+FOLDER = Path(__file__).parents[2] / "examples" / "phantom"
+SCANS = 20
+# Per scan: template, kind.
+ASKED = [("count nodule", "between_slices"), ("where nodule", "place"), ("open presence ascites", "presence")]
+BOTH = ("c", "both levels")
+
+
+@pytest.fixture(scope="module")
+def results():
+    """The script as a module; it imports its neighbours as scripts do."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(FOLDER))
+        yield importlib.import_module("results")
+    for name in ("results", "ablations", "train_demo", "pretrain_base"):
+        sys.modules.pop(name, None)
+
+
+def scores(right, group=lambda scan, template: None) -> dict:
+    """`right` and `group` of (scan's number, template)."""
+    answers = [
+        {
+            "images": f"scan{scan:02}.nii.gz",
+            "kind": kind,
+            "template": template,
+            "prompt": f"{template}?",
+            "completion": "B. x",
+            "answer": "x",
+            "text": "B. x",
+            "group": group(scan, template),
+            "right": bool(right(scan, template)),
+        }
+        for scan in range(SCANS)
+        for template, kind in ASKED
+    ]
+    closed = [answer["right"] for answer in answers if not answer["template"].startswith("open")]
+    return {"answers": answers, "closed": {"accuracy": float(np.mean(closed)), "n": len(closed)}}
+
+
+def write(out: Path, arm: tuple[str, str], seed: int, right, **more) -> Path:
+    record = {
+        "arm": {"question": arm[0], "name": arm[1]},
+        "seed": seed,
+        "steps": [2, 1],
+        "parameters": 1_234_567,
+        "threads": 2,
+        "seconds": 3600.0,
+        "seconds_training": 1800.0,
+        "scores": right if isinstance(right, dict) else scores(right),
+        **more,
+    }
+    file = out / "test" / f"{arm[0]}_{''.join(c if c.isalnum() else '-' for c in arm[1])}_{seed}.json"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(record), encoding="utf-8")
+    return file
+
+
+def share(numerator: int, denominator: int):
+    """Right for so many scans of each `denominator`, every question alike."""
+    return lambda scan, template: scan % denominator < numerator
+
+
+def row_of(text: str, letter: str, name: str) -> list[str]:
+    section = text.split(f"## ({letter})")[1].split("\n## ")[0]
+    for line in section.splitlines():
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        if cells[0].strip("*") == name:
+            return cells
+    raise AssertionError(f"{name} is not in {section}")
+
+
+def sentence_of(text: str, letter: str) -> str:
+    section = text.split(f"## ({letter})")[1]
+    return next(line for line in section.splitlines() if line.startswith("What the numbers say"))
+
+
+@pytest.fixture
+def two_seeds(tmp_path) -> Path:
+    """The reference is right in 3 of 4 scans with seed 0, 4 of 4 with seed 1; one stage in 1 of 4 and 2 of 4."""
+    wrong = scores(share(1, 4))
+    write(tmp_path, BOTH, 0, share(3, 4), wrong_group=wrong)
+    write(tmp_path, BOTH, 1, share(4, 4), wrong_group=wrong)
+    write(tmp_path, ("d", "one stage"), 0, share(1, 4))
+    write(tmp_path, ("d", "one stage"), 1, share(2, 4), steps=[3])
+    return tmp_path
+
+
+def test_means_are_over_seeds(results, two_seeds):
+    text = results.table(results.read_runs(two_seeds), two_seeds)
+    name, seeds, parameters, closed, by_seed, between, opened, *_ = row_of(text, "d", "both levels")
+    assert (name, seeds, parameters) == ("**both levels**", "2 of 5", "1,234,567")
+    assert closed.startswith("87.5 [")
+    assert by_seed == "75.0 to 100.0"
+    assert (between, opened) == ("87.5", "87.5")
+
+
+def test_the_interval_is_that_of_scans(results, two_seeds):
+    read = results.read_runs(two_seeds)
+    mean, interval, per_seed = results.accuracy(read, BOTH, [0, 1], read.closed)
+    per_scan = [1.0 if scan % 4 < 3 else 0.5 for scan in range(SCANS)]
+    assert mean == pytest.approx(0.875)
+    assert per_seed == pytest.approx([0.75, 1.0])
+    assert interval == pytest.approx(results.bootstrap_interval(per_scan))
+
+
+def test_kinds_and_open_questions_are_apart(results, tmp_path):
+    write(tmp_path, BOTH, 0, lambda scan, template: {"c": True, "w": scan % 2, "o": False}[template[0]])
+    cells = row_of(results.table(results.read_runs(tmp_path), tmp_path), "d", "both levels")
+    assert cells[3].startswith("75.0 [")
+    assert cells[5:7] == ["100.0", "0.0"]
+
+
+def test_differences_are_paired_by_seed_and_question(results, two_seeds):
+    write(two_seeds, BOTH, 2, share(0, 4))  # without a partner: left out
+    read = results.read_runs(two_seeds)
+    comparison = results.Comparison(BOTH, ("d", "one stage"), ("d", "one stage"), "")
+    found = results.difference(read, comparison)
+    assert found.mean == pytest.approx(0.5)
+    assert found.per_seed == pytest.approx([0.5, 0.5])
+    # Of four scans: right with seeds 0 and 1 in (2, 2, 2, 1) of the reference, in (2, 1, 0, 0) of the other.
+    gain = [[0.0, 0.5, 1.0, 0.5][scan % 4] for scan in range(SCANS)]
+    assert found.interval == pytest.approx(results.bootstrap_interval(gain))
+    assert found.verdict == "holds"
+    text = results.table(read, two_seeds)
+    assert row_of(text, "d", "one stage")[7].startswith("+50.0 [")
+    assert row_of(text, "d", "one stage")[8] == "+50.0 to +50.0"
+    assert ": **holds**, so far (2 of 5 seeds)." in sentence_of(text, "d")
+
+
+def test_a_constant_gain_has_no_width(results, tmp_path):
+    """One of two questions gained in every scan: that scans differ in how hard they are cancels."""
+    write(tmp_path, BOTH, 0, lambda scan, template: template[0] == "c" or scan % 2)
+    write(tmp_path, ("d", "one stage"), 0, lambda scan, template: template[0] != "c" and scan % 2)
+    found = results.difference(
+        results.read_runs(tmp_path), results.Comparison(BOTH, ("d", "one stage"), ("d", "one stage"), "")
+    )
+    assert found.interval == pytest.approx((0.5, 0.5))
+
+
+@pytest.mark.parametrize(
+    ("interval", "verdict"),
+    [
+        ((0.001, 0.2), "holds"),
+        ((-0.2, -0.001), "does not hold"),
+        ((-0.1, 0.1), "cannot be told (interval covers 0)"),
+        ((0.0, 0.1), "cannot be told (interval covers 0)"),
+        ((-0.1, 0.0), "cannot be told (interval covers 0)"),
+    ],
+)
+def test_the_verdict_follows_the_interval(results, interval, verdict):
+    assert results.verdict(interval) == verdict
+
+
+def test_the_sign_speaks_for_the_claim(results, tmp_path):
+    """TG-IS is claimed to be the better one, and is worse here; reuse and labels are better."""
+    write(tmp_path, BOTH, 0, share(3, 4))
+    write(tmp_path, ("e", "TG-IS, published"), 0, share(1, 4))
+    write(tmp_path, ("f", "label-free routing"), 0, share(1, 4))
+    write(tmp_path, ("a", "reused, 50 scans"), 0, share(3, 4))
+    write(tmp_path, ("a", "from scratch, 50 scans"), 0, share(1, 4))
+    text = results.table(results.read_runs(tmp_path), tmp_path)
+    assert "TG-IS, published, minus mean pooling: difference -50.0 [" in sentence_of(text, "e")
+    assert "does not hold in 1, not run yet in 1 of 2" in sentence_of(text, "e")
+    assert "**holds**" in sentence_of(text, "f")
+    assert "50 scans: difference +50.0 [" in sentence_of(text, "a")
+
+
+def test_seeds_that_disagree_are_told(results, tmp_path):
+    for seed, (better, worse) in enumerate([(4, 0), (1, 2)]):
+        write(tmp_path, BOTH, seed, share(better, 4))
+        write(tmp_path, ("d", "one stage"), seed, share(worse, 4))
+    text = results.table(results.read_runs(tmp_path), tmp_path)
+    assert "**holds**, though not with every seed, so far (2 of 5 seeds)" in sentence_of(text, "d")
+    assert row_of(text, "d", "one stage")[8] == "-25.0 to +100.0"
+
+
+def test_volume_layers_are_compared_at_the_same_pz(results):
+    found = next(claim for claim in results.claims() if claim.letter == "b").comparisons
+    assert len(found) == 8
+    assert sum(comparison.judged for comparison in found) == 6
+    for comparison in found:
+        assert comparison.better[1].rpartition(", pz ")[2] == comparison.worse[1].rpartition(", pz ")[2]
+        assert comparison.better[1].startswith("volume layers: upper half, pz")
+
+
+def test_no_arm_is_left_out(results, two_seeds):
+    text = results.table(results.read_runs(two_seeds), two_seeds)
+    for arm in results.arms():
+        cells = row_of(text, arm.question, arm.name)
+        if arm.name in ("both levels", "one stage"):
+            assert cells[1] == "2 of 5"
+        elif arm.name == "reused, all scans":
+            assert cells[1] == "2 of 3 (2 of `both levels`)"  # which is trained alike
+        else:
+            assert cells[1] == f"0 of {arm.seeds}"
+            assert cells[3] == "not run yet"
+    assert row_of(text, "c", "both levels, wrong group forced")[1] == "2 of 5"
+    assert row_of(text, "c", "both levels, wrong group forced")[7].startswith("+62.5 [")
+    assert row_of(text, "e", "both levels")[1] == "2 of 3"  # seeds 0 to 2
+    assert "50 scans: not run yet" in sentence_of(text, "a")
+
+
+def test_own_runs_come_before_those_of_the_reference(results, two_seeds):
+    write(two_seeds, ("a", "reused, all scans"), 0, share(0, 4))
+    read = results.read_runs(two_seeds)
+    assert read.borrowed == {("a", "reused, all scans"): 1}
+    assert read.runs["a", "reused, all scans"][0].right.sum() == 0
+
+
+def test_arms_without_a_seed_in_common(results, two_seeds):
+    write(two_seeds, ("f", "label-free routing"), 2, share(1, 4))
+    text = results.table(results.read_runs(two_seeds), two_seeds)
+    assert sentence_of(text, "f").endswith("no seed of both yet.")
+
+
+def test_time_and_threads(results, two_seeds):
+    text = results.table(results.read_runs(two_seeds), two_seeds)
+    assert "4 runs of 3 steps (4 with 2 threads) took 4.0 h of machine time, 2.0 h of it for training" in text
+    assert "8.0 core hours" in text
+    assert f"python examples/phantom/ablations.py --out {two_seeds}" in text
+
+
+def test_mutual_information(results):
+    assert results.mutual_information([0, 0, 1, 1], ["x", "x", "y", "y"]) == pytest.approx(1)
+    assert results.mutual_information([0, 1, 0, 1], ["x", "x", "y", "y"]) == pytest.approx(0, abs=1e-12)
+    assert results.mutual_information([1, 1, 1, 1], ["x", "x", "y", "y"]) == 0
+    assert results.mutual_information([None] * 4, ["x", "x", "y", "y"]) == 0
+    # H = log 2 of one, log 4 of the other, and all that the first knows is shared.
+    assert results.mutual_information([0, 0, 1, 1], [0, 1, 2, 3]) == pytest.approx(2 / 3)
+
+
+def test_groups_of_the_prompt(results, tmp_path):
+    right = share(3, 4)
+    write(tmp_path, BOTH, 0, scores(right, lambda scan, template: 2 if template.startswith("open") else 1))
+    write(tmp_path, ("f", "label-free routing"), 0, scores(right, lambda scan, template: scan % 2))
+    text = results.table(results.read_runs(tmp_path), tmp_path)
+    assert row_of(text, "f", "both levels")[-2] == "100.0 (100.0 to 100.0)"
+    assert row_of(text, "f", "label-free routing")[-2:] == ["0.0 (0.0 to 0.0)"] * 2
+
+
+@pytest.mark.parametrize(
+    ("number", "text"), [(0.29, "29.0"), (0.8199, "81.9"), (0.99999, "99.9"), (-0.0004, "0.0"), (-0.0128, "-1.2")]
+)
+def test_numbers_are_cut_not_rounded(results, number, text):
+    assert results.cut(number) == text
+
+
+def test_everything_is_written(results, two_seeds, tmp_path):
+    for scans in (50, 200):
+        for seed in range(2):
+            write(two_seeds, ("a", f"reused, {scans} scans"), seed, share(3, 4))
+    results.write_results(two_seeds, tmp_path / "written")
+    assert sorted(file.name for file in (tmp_path / "written").iterdir()) == [
+        "ABLATIONS.md",
+        "arms.png",
+        "scarcity.png",
+    ]
+    for name in ("arms.png", "scarcity.png"):
+        data = (tmp_path / "written" / name).read_bytes()
+        assert data[:8] == b"\x89PNG\r\n\x1a\n"
+        assert 800 <= int.from_bytes(data[16:20]) <= 1000  # width
+
+
+def test_no_run(results, tmp_path):
+    with pytest.raises(DataError, match="no run is there"):
+        results.write_results(tmp_path, tmp_path / "written")
+    assert not (tmp_path / "written").exists()
+
+
+def test_missing_matplotlib(results, two_seeds, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises(CTMoEError, match=r"matplotlib: is not installed\. Run: pip install \"ct-moe\[plots\]\""):
+        results.write_results(two_seeds, tmp_path / "written")
+    assert not (tmp_path / "written").exists()
+
+
+def change(record: dict, **more) -> dict:
+    return {**record, **more}
+
+
+@pytest.mark.parametrize(
+    ("broken", "words"),
+    [
+        (lambda record: "{", "is no record of a run"),
+        (lambda record: json.dumps({"arm": 1}), "is no record of a run"),
+        (lambda record: json.dumps(change(record, arm={"question": "c", "name": "gone"})), "plans"),
+        (lambda record: json.dumps(change(record, seed=5)), "plans"),
+        (lambda record: json.dumps(change(record, seed=0)), "is there twice"),
+        (lambda record: json.dumps(change(record, steps=[9])), "was trained for 9 steps"),
+        (
+            lambda record: json.dumps(
+                change(record, scores=change(record["scores"], answers=record["scores"]["answers"][3:]))
+            ),
+            "answers other questions",
+        ),
+        (
+            lambda record: json.dumps(change(record, scores=change(record["scores"], closed={"accuracy": 0.1}))),
+            "its scores say 0.1000",
+        ),
+    ],
+)
+def test_runs_that_cannot_be_compared(results, two_seeds, broken, words):
+    file = two_seeds / "test" / "d_one-stage_1.json"
+    file.write_text(broken(json.loads(file.read_text())))
+    with pytest.raises(DataError, match=words) as error:
+        results.read_runs(two_seeds)
+    assert error.value.subject == file.name
+
+
+@pytest.mark.slow
+def test_the_command_ends_with_one_line(tmp_path):
+    command = [sys.executable, str(FOLDER / "results.py"), "--out", "nothing", "--write", "written"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=100, cwd=tmp_path)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1].startswith("results: error: nothing/test: no run is there. Run: ")
+    assert "Traceback" not in done.stderr

@@ -1,0 +1,128 @@
+# Copyright 2026 The CT-MoE authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""What a model says to rows of a data set: `answer_rows`."""
+
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tqdm.auto import tqdm
+
+from .volume_cache import VolumeCache
+
+
+MAX_NEW_TOKENS = {"report": 256, "vqa_closed": 16, "vqa_open": 32}
+
+
+@dataclass
+class Answer:
+    """One answer.
+
+    Attributes:
+        text: what the model wrote.
+        task: index of the expert group that the prompt chose; `None` for a model without task groups.
+    """
+
+    text: str
+    task: int | None
+
+
+def answer_rows(
+    model,
+    processor,
+    rows: Sequence[dict[str, Any]],
+    *,
+    folder: str | Path = ".",
+    volume_cache: VolumeCache | None = None,
+    change: Callable[[dict[str, np.ndarray], dict[str, Any]], dict[str, np.ndarray]] | None = None,
+    task: Callable[[dict[str, Any]], str | None] | None = None,
+    batch_size: int = 16,
+    max_new_tokens: dict[str, int] | None = None,
+    bf16: bool = True,
+    progress: bool = True,
+) -> list[Answer]:
+    """Answer every row greedily; the prompt alone chooses the task, as for any user.
+
+    Args:
+        model: a `CTMoEForConditionalGeneration`.
+        processor: its processor.
+        rows: dicts with `images` (one path), `prompt` (text) and `task`.
+        folder: where relative paths start.
+        volume_cache: processed scans.
+        change: what is done to a processed scan before the model sees it: (arrays, row) -> arrays. For controls.
+        task: name of the task to force for a row, or `None`.
+        batch_size: rows that go through the model together.
+        max_new_tokens: by task.
+        bf16: arithmetic in bfloat16, weights as they are.
+        progress: whether to show a bar.
+
+    Returns:
+        An [`Answer`] per row, in order.
+    """
+    limits = {**MAX_NEW_TOKENS, **(max_new_tokens or {})}
+    read = volume_cache.read if volume_cache is not None else processor.image_processor.process_volume
+    answers: list[Answer | None] = [None] * len(rows)
+    # Rows of one task together, since the longest answer of a batch keeps the others waiting; longest prompts first.
+    order = sorted(range(len(rows)), key=lambda i: (rows[i]["task"], -len(rows[i]["prompt"])))
+    bar = tqdm(total=len(rows), desc="answers", unit="row", disable=not progress)
+    was_training = model.training
+    model.eval()
+    start = 0
+    try:
+        while start < len(order):
+            kind = rows[order[start]]["task"]
+            chosen = [i for i in order[start : start + batch_size] if rows[i]["task"] == kind]
+            batch = [rows[i] for i in chosen]
+            scans = [read(str(Path(folder) / row["images"])) for row in batch]
+            if change is not None:
+                scans = [change(scan, row) for scan, row in zip(scans, batch)]
+            forced = None if task is None else [task(row) for row in batch]
+            for i, answer in zip(chosen, _answer(model, processor, batch, scans, forced, limits[kind], bf16)):
+                answers[i] = answer
+            start += len(chosen)
+            bar.update(len(chosen))
+    finally:
+        bar.close()
+        model.train(was_training)
+    return answers
+
+
+@torch.inference_mode()
+def _answer(model, processor, rows, scans, forced, max_new_tokens: int, bf16: bool) -> list[Answer]:
+    messages = [
+        [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": row["prompt"]}]}] for row in rows
+    ]
+    inputs = processor(
+        images=[[scan] for scan in scans],
+        text=[processor.apply_chat_template(message, add_generation_prompt=True) for message in messages],
+        guide=[row["prompt"] for row in rows],
+        task=forced,
+        padding=True,
+        padding_side="left",
+        return_tensors="pt",
+        add_special_tokens=False,
+    ).to(model.device)
+    text = {name: inputs.pop(name) for name in ("input_ids", "attention_mask")}
+    with torch.autocast(model.device.type, torch.bfloat16) if bf16 else nullcontext():
+        features = model.get_image_features(**inputs, return_dict=True)
+        generated = model.generate(
+            **text, mm_encoder_outputs={"image": features}, max_new_tokens=max_new_tokens, do_sample=False
+        )
+    texts = processor.batch_decode(generated[:, text["input_ids"].shape[1] :], skip_special_tokens=True)
+    tasks = None if features.routing is None else features.routing.task_index
+    return [Answer(text, None if tasks is None else int(tasks[i])) for i, text in enumerate(texts)]

@@ -1,0 +1,757 @@
+# Copyright 2026 The CT-MoE authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Synthetic CT scans of known content: anatomy and findings drawn in HU, with the exact attributes of every lesion.
+
+- `draw_phantom`: one scan from a seed and the part of the data it belongs to (train, validation, test).
+- `Phantom`, `Finding`, `Lesion`: what it returns.
+
+Coordinates are LPS in mm: x to the patient's left, y to the back, z to the head, z = 0 where the diaphragms are. No
+patient, and no model of disease: shapes and densities are those of textbooks, simplified until each attribute is known
+exactly. Good for testing what a network can learn, not for teaching it medicine.
+"""
+
+from dataclasses import asdict, dataclass, field
+
+import numpy as np
+
+
+FINDINGS = (
+    "nodule",
+    "effusion",
+    "consolidation",
+    "emphysema",
+    "cardiomegaly",
+    "aneurysm",
+    "liver lesion",
+    "renal stone",
+    "ascites",
+    "fracture",
+)
+PHASES = ("non-contrast", "arterial", "portal venous", "delayed")
+LOBES = ("right upper lobe", "right middle lobe", "right lower lobe", "left upper lobe", "left lower lobe")
+GROWTHS = ("head", "feet", "middle", "constant")  # where a lesion is widest along z; the last: as wide everywhere
+
+# (finding, attribute, value, phase) that never meet in train and validation: half of the test scans hold one of them.
+HELD_OUT = (
+    ("nodule", "place", "left upper lobe", "arterial"),
+    ("consolidation", "place", "right lower lobe", "non-contrast"),
+    ("effusion", "side", "left", "delayed"),
+    ("liver lesion", "side", "left", "portal venous"),
+    ("renal stone", "side", "right", "arterial"),
+    ("aneurysm", "place", "abdominal aorta", "non-contrast"),
+)
+
+# HU of (blood in the aorta, in the heart, liver, spleen, kidney, renal pelvis) in each phase.
+_PHASE_HU = {
+    "non-contrast": (42, 42, 58, 50, 33, 8),
+    "arterial": (310, 230, 72, 125, 150, 8),
+    "portal venous": (150, 140, 112, 120, 185, 10),
+    "delayed": (92, 88, 84, 82, 125, 420),
+}
+_AIR, _LUNG, _FAT, _MUSCLE, _BONE = -1000.0, -830.0, -100.0, 52.0, 240.0
+
+
+@dataclass
+class Lesion:
+    """One lesion; what does not apply is `None`.
+
+    Attributes:
+        side: "left", "right" or "both", the patient's.
+        place: lobe, organ or part of it.
+        size_mm: largest diameter across the body axis, of a consolidation before the chest wall cuts it (cardiomegaly:
+            width of the heart).
+        extent_mm: length along the body axis, number of slices x their thickness.
+        num_slices: slices that hold a voxel of it.
+        hu: of what was painted, before noise (consolidation: between its bronchi).
+        growth: one of `GROWTHS`.
+        amount: "small", "moderate" or "large".
+        height_loss: of a vertebra, in per cent.
+        centre: (z, y, x) in mm, where it was drawn; the patient lies up to 12 mm beside the middle of the scan.
+        slice_areas: mm2 of it in every slice of the scan, from the feet.
+    """
+
+    side: str | None = None
+    place: str | None = None
+    size_mm: float | None = None
+    extent_mm: float = 0.0
+    num_slices: int = 0
+    hu: float = 0.0
+    growth: str | None = None
+    amount: str | None = None
+    height_loss: int | None = None
+    centre: tuple[float, float, float] = (0.0, 0.0, 0.0)
+    slice_areas: list[float] = field(default_factory=list, repr=False)
+
+
+@dataclass
+class Finding:
+    """All lesions of one kind, the largest first."""
+
+    name: str
+    lesions: list[Lesion]
+
+
+@dataclass
+class Phantom:
+    """One scan.
+
+    Attributes:
+        hu: `int16` array (z, y, x) in LPS, z from the feet.
+        spacing: mm, (z, y, x).
+        phase: one of `PHASES`.
+        findings: in the order of `FINDINGS`; empty for a normal scan.
+        acquisition: thickness, field of view, matrix, noise, whether it is one that only the test split has.
+        heart_ratio: width of the heart / inner width of the chest.
+        held_out: whether the scan holds one of the `HELD_OUT` combinations.
+        organ_areas: mm2 of each organ in every slice, as it was painted: others may cover some of it. Of the aorta,
+            the descending part.
+    """
+
+    hu: np.ndarray
+    spacing: tuple[float, float, float]
+    phase: str
+    findings: list[Finding]
+    acquisition: dict
+    heart_ratio: float
+    held_out: bool
+    organ_areas: dict[str, list[float]]
+
+    def labels(self) -> dict:
+        """Everything but the voxels, for JSON."""
+        labels = asdict(self)
+        del labels["hu"]
+        return {**labels, "shape": list(self.hu.shape), "extent_mm": self.hu.shape[0] * self.spacing[0]}
+
+
+def draw_phantom(seed: int, split: str = "train", findings: tuple[str, ...] | None = None) -> Phantom:
+    """Draw one scan of chest and upper abdomen.
+
+    Args:
+        seed: the same seed and split give the same voxels on every machine with the same NumPy.
+        split: "train", "validation" or "test". They never share a random stream; "test" also draws from acquisitions
+            and `HELD_OUT` combinations that the others never see.
+        findings: names from `FINDINGS` instead of a random choice; `()` for a normal scan.
+
+    Returns:
+        [`Phantom`].
+    """
+    if split not in _SPLITS:
+        raise ValueError(f"split={split!r}: use one of {', '.join(_SPLITS)}")
+    if unknown := set(findings or ()) - set(FINDINGS):
+        raise ValueError(f"findings={sorted(unknown)}: use names of {', '.join(FINDINGS)}")
+    rng = np.random.default_rng([_SPLITS.index(split), seed])
+    plan = _plan(rng, split, findings)
+    scene = _Scene(rng, plan)
+    scene.draw_anatomy()
+    for name in FINDINGS:
+        if name in plan["lesions"]:
+            getattr(scene, f"draw_{name.replace(' ', '_')}")(plan["lesions"][name])
+    return scene.finish()
+
+
+_SPLITS = ("train", "validation", "test")
+
+
+def _plan(rng: np.random.Generator, split: str, wanted: tuple[str, ...] | None) -> dict:
+    """What is drawn, before anything is: phase, acquisition, and side, place and size of every lesion."""
+    names = wanted
+    combination = None
+    if wanted is None:
+        chosen = rng.random(len(FINDINGS)) < 0.28
+        names = () if rng.random() < 0.08 else tuple(np.array(FINDINGS)[chosen])
+        if split == "test" and rng.random() < 0.5:
+            combination = HELD_OUT[rng.integers(len(HELD_OUT))]
+            names = tuple(name for name in FINDINGS if name in (*names, combination[0]))
+    phase = combination[3] if combination else str(rng.choice(PHASES))
+    if phase == "delayed":
+        # Excreted contrast hides stones, in life as well.
+        names = tuple(name for name in names if name != "renal stone" or wanted is not None)
+    new = split == "test" and rng.random() < 0.5
+    acquisition = {
+        "thickness": float(rng.choice([2.0, 4.0] if new else [3.0, 5.0])),
+        "field_of_view": float(rng.uniform(430, 460) if new else rng.uniform(370, 430)),
+        "matrix": int(rng.choice([176, 240] if new else [160, 192, 208])),
+        "noise": float(rng.uniform(22, 28) if new else rng.uniform(8, 20)),
+        "unseen": bool(new),
+    }
+    lesions = {}
+    for name in names:
+        for _ in range(100):
+            drawn = _lesions(rng, name)
+            if combination and name == combination[0]:
+                drawn = drawn[:1]
+                drawn[0] = _with_attribute(rng, name, drawn[0], combination[1], combination[2])
+            met = any(_matches(name, lesion, phase) for lesion in drawn)
+            if met == bool(combination and name == combination[0]):
+                break
+            if split == "test" and not combination and met:
+                break
+        lesions[name] = drawn
+    held_out = any(_matches(name, lesion, phase) for name, drawn in lesions.items() for lesion in drawn)
+    return {"phase": phase, "acquisition": acquisition, "lesions": lesions, "held_out": held_out}
+
+
+def _matches(name: str, lesion: Lesion, phase: str) -> bool:
+    return any(name == n and phase == p and getattr(lesion, a) == v for n, a, v, p in HELD_OUT)
+
+
+def _with_attribute(rng, name, lesion, attribute, value):
+    setattr(lesion, attribute, value)
+    if attribute == "place" and name in ("nodule", "consolidation"):
+        lesion.side = value.split()[0]
+    if name == "liver lesion":
+        lesion.place = f"{value} lobe of the liver"
+        lesion.size_mm = min(lesion.size_mm, 26)
+    if name == "renal stone":
+        lesion.place = f"{value} kidney"
+    return lesion
+
+
+def _lesions(rng: np.random.Generator, name: str) -> list[Lesion]:
+    """Attributes of the lesions of one finding, as they are to be drawn."""
+
+    def side():
+        return str(rng.choice(["left", "right"]))
+
+    if name == "nodule":
+        count = int(rng.choice([1, 1, 2, 3, 4]))
+        places = [str(rng.choice(LOBES)) for _ in range(count)]
+        sizes = sorted((rng.integers(5, 17) * 2 for _ in range(count)), reverse=True)
+        return [
+            Lesion(side=place.split()[0], place=place, size_mm=float(size), hu=float(rng.uniform(20, 90)))
+            for place, size in zip(places, sizes)
+        ]
+    if name == "effusion":
+        amounts = {"small": (40, 60), "moderate": (75, 100), "large": (120, 160)}
+        which = str(rng.choice(["left", "right", "both"]))
+        amount = str(rng.choice(list(amounts)))
+        extent = float(rng.uniform(*amounts[amount]))
+        return [Lesion(side=which, place="pleura", extent_mm=extent, amount=amount, hu=float(rng.uniform(2, 18)))]
+    if name == "consolidation":
+        place = str(rng.choice(LOBES))
+        limit = 60 if "middle" in place else 110
+        return [
+            Lesion(
+                side=place.split()[0],
+                place=place,
+                size_mm=float(rng.integers(20, 36) * 2),
+                extent_mm=float(rng.uniform(40, limit)),
+                growth=str(rng.choice(GROWTHS)),
+                hu=float(rng.uniform(10, 50)),
+            )
+        ]
+    if name == "emphysema":
+        return [Lesion(side="both", place=str(rng.choice(["upper lobes", "lower lobes", "both lungs"])), hu=-995.0)]
+    if name == "cardiomegaly":
+        return [Lesion(place="heart", size_mm=float(rng.uniform(0.56, 0.66)))]  # a ratio, until the chest is known
+    if name == "aneurysm":
+        return [
+            Lesion(
+                place=str(rng.choice(["thoracic aorta", "abdominal aorta"])),
+                size_mm=float(rng.integers(23, 36) * 2),
+                extent_mm=float(rng.uniform(60, 120)),
+                growth=str(rng.choice(GROWTHS)),
+            )
+        ]
+    if name == "liver lesion":
+        count = int(rng.choice([1, 1, 2, 3]))
+        largest = 24 if count > 1 else 46
+        lesions = []
+        for _ in range(count):
+            which = side()
+            size = min(float(rng.integers(8, largest // 2 + 1) * 2), 26 if which == "left" else 60)
+            place = f"{which} lobe of the liver"
+            lesions.append(Lesion(side=which, place=place, size_mm=size, hu=-float(rng.uniform(60, 90))))
+        return sorted(lesions, key=lambda lesion: -lesion.size_mm)
+    if name == "renal stone":
+        which = side()
+        size = float(rng.integers(8, 17))
+        return [Lesion(side=which, place=f"{which} kidney", size_mm=size, hu=float(rng.uniform(700, 1400)))]
+    if name == "ascites":
+        amount = str(rng.choice(["small", "moderate", "large"]))
+        return [Lesion(place="peritoneum", amount=amount, hu=float(rng.uniform(2, 18)))]
+    loss = int(rng.choice([30, 40, 50, 60]))
+    return [Lesion(place=str(rng.choice(["thoracic spine", "lumbar spine"])), height_loss=loss, hu=430.0)]
+
+
+class _Scene:
+    """The voxel grid, and a method for everything that can be drawn on it."""
+
+    def __init__(self, rng: np.random.Generator, plan: dict):
+        self.rng, self.plan = rng, plan
+        acquisition = plan["acquisition"]
+        low, high = rng.uniform(-260, -175), rng.uniform(205, 300)  # coverage: cuts through abdomen and neck
+        thickness, matrix = acquisition["thickness"], acquisition["matrix"]
+        depth = round((high - low) / thickness)
+        pixel = acquisition["field_of_view"] / matrix
+        self.spacing = (thickness, pixel, pixel)
+        self.axes = [low + thickness * (np.arange(depth, dtype=np.float32) + 0.5)]
+        shift = rng.uniform(-12, 12, 2)  # of the table and the patient on it
+        self.axes += [pixel * (np.arange(matrix, dtype=np.float32) - (matrix - 1) / 2) + s for s in shift]
+        self.hu = np.full((depth, matrix, matrix), _AIR, dtype=np.float32)
+        self.half_width, self.half_depth = rng.uniform(148, 172), rng.uniform(100, 116)
+        self.fat = rng.uniform(8, 22)
+        self.aorta_radius = rng.uniform(11, 14)
+        self.body_height = rng.uniform(21, 25)  # of a vertebral body; the disc comes on top
+        self.spine_offset = rng.uniform(0, 26)
+        self.blood, self.chamber, self.liver, self.spleen, self.kidney, self.pelvis = (
+            value + rng.uniform(-6, 6) for value in _PHASE_HU[plan["phase"]]
+        )
+        self.findings: list[Finding] = []
+        self.organ_areas: dict[str, list[float]] = {}
+
+    # Geometry ---------------------------------------------------------------------------------------------------
+
+    def box(self, *ranges: tuple[float, float]) -> tuple[slice, ...]:
+        """The part of the grid between these (low, high) in z, y, x."""
+        found = []
+        for axis, (low, high) in zip(self.axes, ranges):
+            start, stop = np.searchsorted(axis, [low, high])
+            found.append(slice(int(start), int(stop)))
+        return tuple(found)
+
+    def grid(self, box: tuple[slice, ...]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        z, y, x = (axis[part] for axis, part in zip(self.axes, box))
+        return z[:, None, None], y[None, :, None], x[None, None, :]
+
+    def ellipsoid(self, centre, radii, power: float = 2.0) -> tuple[tuple[slice, ...], np.ndarray]:
+        """Box and mask; infinite radii run through the whole scan."""
+        box = self.box(*((c - r, c + r) for c, r in zip(centre, radii)))
+        terms = [np.abs((axis - c) / r) ** power for axis, c, r in zip(self.grid(box), centre, radii)]
+        return box, (terms[0] + terms[1] + terms[2]) <= 1
+
+    def paint(self, shape: tuple[tuple[slice, ...], np.ndarray], hu: float) -> None:
+        box, mask = shape
+        self.hu[box][mask] = hu
+
+    def areas(self, box: tuple[slice, ...], mask: np.ndarray) -> np.ndarray:
+        """mm2 in every slice of the scan."""
+        areas = np.zeros(len(self.axes[0]))
+        areas[box[0]] = mask.sum((1, 2)) * self.spacing[1] * self.spacing[2]
+        return areas
+
+    def record(self, name: str, lesions: list[tuple[Lesion, np.ndarray]]) -> None:
+        """Keep lesions with what is measured on the grid."""
+        for lesion, areas in lesions:
+            inside = np.flatnonzero(areas)
+            lesion.num_slices = len(inside)
+            lesion.extent_mm = round(len(inside) * self.spacing[0], 1)
+            lesion.slice_areas = [round(float(area), 1) for area in areas]
+        self.findings.append(Finding(name, [lesion for lesion, _ in lesions]))
+
+    # Anatomy ----------------------------------------------------------------------------------------------------
+
+    def draw_anatomy(self) -> None:
+        inf = np.inf
+        width, depth = self.half_width, self.half_depth
+        box, skin = self.ellipsoid((0, 0, 0), (inf, depth, width))
+        z, y, x = self.grid(box)
+        neck = np.interp(z, [212, 262], [1.0, 0.5])  # above the lungs the shoulders fall away
+        radius = np.sqrt((y / depth) ** 2 + (x / width) ** 2)
+        self.paint((box, skin & (radius <= neck)), _FAT)
+        radius = np.sqrt((y / (depth - self.fat)) ** 2 + (x / (width - self.fat)) ** 2)
+        self.paint((box, skin & (radius <= neck)), _MUSCLE)
+        self.inner = (depth - self.fat - 16, width - self.fat - 16)  # half axes of the inside of chest and abdomen
+        self.draw_abdomen()
+        self.draw_lungs()
+        self.draw_mediastinum()
+        self.draw_bones()
+        box = self.box((-inf, inf), (depth + 6, depth + 14), (-190, 190))
+        self.hu[box] = -250  # table
+
+    def draw_abdomen(self) -> None:
+        rng, (depth, width) = self.rng, self.inner
+        box, inside = self.ellipsoid((-10, 0, 0), (np.inf, depth, width))
+        z = self.grid(box)[0]
+        self.cavity = box, inside & (z < 5)
+        self.paint(self.cavity, _FAT)
+        for _ in range(14):  # bowel
+            centre = (rng.uniform(-250, -95), rng.uniform(-0.7, 0.1) * depth, rng.uniform(-0.7, 0.7) * width)
+            radii = rng.uniform(12, 26, 3)
+            self.paint(self.ellipsoid(centre, radii), rng.uniform(15, 45))
+            if rng.random() < 0.5:
+                self.paint(self.ellipsoid((centre[0], centre[1] - 4, centre[2]), radii * 0.55), -900)
+        self.paint(self.ellipsoid((-55, -0.35 * depth, 0.5 * width), (42, 34, 38)), 25)  # stomach
+        self.paint(self.ellipsoid((-50, -0.55 * depth, 0.5 * width), (24, 14, 24)), -900)
+        self.liver_lobes = {
+            "right": ((-52, 0.02 * depth, -0.52 * width), (78, 0.85 * depth, 0.45 * width)),
+            "left": ((-38, -0.42 * depth, 0.02 * width), (42, 0.42 * depth, 0.42 * width)),
+        }
+        masks = [self.ellipsoid(*lobe) for lobe in self.liver_lobes.values()]
+        for box, mask in masks:
+            mask &= self._inside_cavity(box)
+            self.paint((box, mask), self.liver)
+        self._organ("liver", masks)
+        self.spleen_place = (-38, 0.3 * depth, 0.72 * width), (46, 30, 0.2 * width)
+        self._organ("spleen", [self.ellipsoid(*self.spleen_place)], self.spleen)
+        self.kidneys = {side: (-112.0 + rng.uniform(-8, 8), 0.52 * depth, s * 62) for side, s in _SIGNS.items()}
+        self._organ("kidneys", [self.ellipsoid(c, (54, 27, 27)) for c in self.kidneys.values()], self.kidney)
+        for z, y, x in self.kidneys.values():
+            self.paint(self.ellipsoid((z, y, x), (26, 10, 11)), -40)
+            self.paint(self.ellipsoid((z, y, x), (18, 6, 7)), self.pelvis)
+
+    def draw_lungs(self) -> None:
+        depth, width = self.inner
+        self.lungs = {}
+        for side, sign in _SIGNS.items():
+            x0 = sign * 0.52 * width
+            box = self.box((-70, 215), (-depth, depth), (x0 - 0.46 * width, x0 + 0.46 * width))
+            z, y, x = self.grid(box)
+            # Wide at the base, narrow at the apex; the floor is a dome.
+            narrowing = np.sqrt(np.clip(1 - (np.clip(z, 0, None) / 212) ** 2.4, 0, 1))
+            outline = ((x - x0) / (0.46 * width)) ** 2 + ((y - 4) / (0.93 * depth)) ** 2 <= narrowing**2
+            dome = 14 - 34 * ((x - x0) / (0.4 * width)) ** 2 - 42 * (y / depth) ** 2
+            dome = dome - 26 * np.clip(y / depth, 0, 1)  # deeper at the back
+            mask = outline & (z > dome) & (narrowing > 0)
+            mask &= z > -60
+            self.lungs[side] = box, mask
+            self.paint((box, mask), _LUNG + self.rng.uniform(-20, 20))
+        self._organ("lungs", list(self.lungs.values()))
+        for side, sign in _SIGNS.items():
+            self._draw_vessels(side, sign)
+
+    def _draw_vessels(self, side: str, sign: int) -> None:
+        rng, (depth, width) = self.rng, self.inner
+        hilum = np.array([75, 5, sign * 0.18 * width])
+        for _ in range(22):
+            target = np.array(
+                [rng.uniform(-20, 190), rng.uniform(-0.75, 0.8) * depth, sign * rng.uniform(0.35, 0.9) * width]
+            )
+            start, radius = hilum, rng.uniform(1.3, 2.8)
+            bend = hilum + (target - hilum) * rng.uniform(0.35, 0.6) + rng.uniform(-12, 12, 3)
+            for end in (bend, target):
+                self._tube(start, end, radius, self.chamber - 10, within=self.lungs[side])
+                start, radius = end, radius * 0.55
+
+    def _tube(self, start, end, radius: float, hu: float, within=None) -> None:
+        low, high = np.minimum(start, end) - radius, np.maximum(start, end) + radius
+        box = self.box(*zip(low, high))
+        if any(part.start >= part.stop for part in box):
+            return
+        z, y, x = self.grid(box)
+        direction = np.asarray(end) - start
+        t = ((z - start[0]) * direction[0] + (y - start[1]) * direction[1] + (x - start[2]) * direction[2]) / (
+            direction @ direction
+        )
+        t = np.clip(t, 0, 1)
+        squared = sum((axis - s - t * d) ** 2 for axis, s, d in zip((z, y, x), start, direction))
+        mask = squared <= max(radius, self.spacing[1] * 0.6) ** 2
+        if within is not None:
+            mask &= self._crop(within, box)
+        self.paint((box, mask), hu)
+
+    def draw_mediastinum(self) -> None:
+        rng, (depth, width) = self.rng, self.inner
+        cardiomegaly = self.plan["lesions"].get("cardiomegaly")
+        self.heart_ratio = cardiomegaly[0].size_mm if cardiomegaly else rng.uniform(0.38, 0.47)
+        radius = self.heart_ratio * width
+        scale = radius / (0.45 * width)
+        box, mask = self.ellipsoid((38, -0.35 * depth, 0.16 * width), (46 * scale, 0.45 * depth * scale**0.5, radius))
+        mask &= self._inside_cavity(box)
+        self.heart = box, mask
+        self._organ("heart", [self.heart], self.chamber)
+        for centre, radii in (((38, -0.4 * depth, 0.3 * width), (30, 20, 26)),):
+            self.paint(self.ellipsoid(centre, [r * scale for r in radii]), self.chamber + 12)
+        arch = 120 + rng.uniform(-6, 6)
+        descending = (self.aorta_y, 18.0)
+        self.aorta = descending
+        r = self.aorta_radius
+        self.paint(self.ellipsoid((arch - 45, -0.1 * depth, 0), (70, 26, 30)), _MUSCLE)  # vessels and fat around it
+        self._tube(np.array([45, -14, -8]), np.array([arch, -16, -12]), r + 2, self.blood)
+        self._tube(np.array([arch, -16, -12]), np.array([arch + 8, 8, 6]), r, self.blood)
+        self._tube(np.array([arch + 8, 8, 6]), np.array([arch - 8, *descending]), r, self.blood)
+        self._draw_aorta(np.full_like(self.axes[0], r), top=arch)
+        self.aorta_top = arch
+        self._tube(np.array([95, 6, 0]), np.array([320, 2, 0]), 9, _AIR)  # trachea
+        for sign in _SIGNS.values():
+            self._tube(np.array([95, 6, 0]), np.array([68, 10, sign * 34]), 6, _AIR)
+
+    @property
+    def aorta_y(self) -> float:
+        return self.inner[0] - 46
+
+    def _draw_aorta(self, radii: np.ndarray, top: float) -> np.ndarray:
+        """Descending aorta of this radius in every slice; returns its mask's areas."""
+        y0, x0 = self.aorta
+        reach = float(radii.max())
+        box = self.box((-np.inf, top), (y0 - reach, y0 + reach), (x0 - reach, x0 + reach))
+        _, y, x = self.grid(box)
+        mask = (y - y0) ** 2 + (x - x0) ** 2 <= radii[box[0]][:, None, None] ** 2
+        self.paint((box, mask), self.blood)
+        areas = self.areas(box, mask)
+        self.organ_areas["aorta"] = [round(float(area), 1) for area in areas]
+        return areas
+
+    def draw_bones(self) -> None:
+        depth, width = self.inner
+        self.spine_y = depth - 6
+        period = self.body_height + 5
+        z = self.axes[0]
+        phase = np.mod(z + self.spine_offset, period)
+        body = phase < self.body_height
+        box = self.box((-np.inf, np.inf), (self.spine_y - 20, self.spine_y + 20), (-23, 23))
+        _, y, x = self.grid(box)
+        outline = ((y - self.spine_y) / 19) ** 2 + (x / 22) ** 2
+        disc = np.broadcast_to(outline <= 1, (len(z), *outline.shape[1:]))
+        self.paint((box, disc), 85)
+        self.paint((box, disc & body[:, None, None]), 480)
+        core = (outline <= 0.72) & (phase > 2)[:, None, None] & (phase < self.body_height - 2)[:, None, None]
+        self.paint((box, core), _BONE)
+        self.paint(self.ellipsoid((0, self.spine_y + 30, 0), (np.inf, 12, 24)), 380)
+        self.paint(self.ellipsoid((0, self.spine_y + 27, 0), (np.inf, 8, 9)), 30)  # canal
+        box, outer = self.ellipsoid((0, 0, 0), (np.inf, depth + 10, width + 10))
+        z, y, x = self.grid(box)
+        shell = outer & ((y / (depth + 2)) ** 2 + (x / (width + 2)) ** 2 > 1) & (z > -70) & (z < 205)
+        self.paint((box, shell & (np.mod(z + 0.35 * y + 200, 26) < 9)), 430)
+        self.paint(self.ellipsoid((100, -depth - 6, 0), (80, 5, 16)), 300)  # sternum
+
+    def _organ(self, name: str, shapes, hu: float | None = None) -> None:
+        areas = 0
+        for box, mask in shapes:
+            if hu is not None:
+                self.paint((box, mask), hu)
+            areas = areas + self.areas(box, mask)
+        self.organ_areas[name] = [round(float(area), 1) for area in areas]
+
+    def _inside_cavity(self, box) -> np.ndarray:
+        depth, width = self.inner
+        _, y, x = self.grid(box)
+        return (y / depth) ** 2 + (x / width) ** 2 <= 1
+
+    def _crop(self, shape, box) -> np.ndarray:
+        """The part of a shape's mask that lies in another box."""
+        own, mask = shape
+        result = np.zeros([part.stop - part.start for part in box], dtype=bool)
+        common = [slice(max(a.start, b.start), min(a.stop, b.stop)) for a, b in zip(own, box)]
+        if all(part.start < part.stop for part in common):
+            inner = tuple(slice(c.start - b.start, c.stop - b.start) for c, b in zip(common, box))
+            result[inner] = mask[tuple(slice(c.start - o.start, c.stop - o.start) for c, o in zip(common, own))]
+        return result
+
+    # Findings ---------------------------------------------------------------------------------------------------
+
+    def _lobe_point(self, place: str, margin: float, height: float) -> tuple[float, float, float]:
+        """A point inside a lobe, `margin` mm from its neighbours and the chest wall as far as it goes."""
+        side, name = place.split()[0], place.split()[1]
+        depth, width = self.inner
+        sign = _SIGNS[side]
+        low, high = {
+            "upper": (112, 175),
+            "middle": (40, 80),
+            "lower": (5, 78),
+        }[name]
+        half = min(height / 2, (high - low) / 2 - 1)
+        z = self.rng.uniform(low + min(half, 30), high - min(half, 30))
+        x = sign * self.rng.uniform(0.40 if name != "middle" else 0.62, 0.68) * width
+        reach = max(0.6 * depth - margin, 4)
+        y = {
+            "upper": self.rng.uniform(-0.6, 0.6) * reach,
+            "middle": -self.rng.uniform(0.25, 0.55) * depth,
+            "lower": self.rng.uniform(0.25, 0.62) * depth if margin < 20 else 0.4 * depth,
+        }[name]
+        return float(z), float(y), float(x)
+
+    def draw_nodule(self, lesions: list[Lesion]) -> None:
+        placed: list[tuple[Lesion, np.ndarray]] = []
+        for lesion in lesions:
+            radius = lesion.size_mm / 2
+            for _ in range(200):
+                centre = self._lobe_point(lesion.place, radius, lesion.size_mm)
+                if all(abs(centre[0] - other.centre[0]) > radius + other.size_mm / 2 + 12 for other, _ in placed):
+                    break
+            else:
+                continue  # no room between the others: one fewer
+            lesion.centre = tuple(round(c, 1) for c in centre)
+            box, mask = self.ellipsoid(centre, (radius,) * 3)
+            self.paint((box, mask), lesion.hu)
+            placed.append((lesion, self.areas(box, mask)))
+        self.record("nodule", placed)
+
+    def draw_effusion(self, lesions: list[Lesion]) -> None:
+        lesion = lesions[0]
+        depth, _ = self.inner
+        areas = np.zeros(len(self.axes[0]))
+        for side in ("left", "right") if lesion.side == "both" else (lesion.side,):
+            box, lung = self.lungs[side]
+            z, y, _ = self.grid(box)
+            floor = float(z[lung.any((1, 2))].min())
+            height = (z - floor) / lesion.extent_mm
+            mask = lung & (height <= 1) & (y > (-0.05 + 0.75 * height) * depth)
+            mask &= self.hu[box] < -300  # never over the heart
+            self.paint((box, mask), lesion.hu)
+            areas += self.areas(box, mask)
+        lesion.centre = (round(floor + lesion.extent_mm / 2, 1), round(0.6 * depth, 1), 0.0)
+        self.record("effusion", [(lesion, areas)])
+
+    def draw_consolidation(self, lesions: list[Lesion]) -> None:
+        lesion = lesions[0]
+        z0, y0, x0 = self._lobe_point(lesion.place, 25, min(lesion.extent_mm, 60))
+        box, lung = self.lungs[lesion.side]
+        z, y, x = self.grid(box)
+        position = (z - z0) / lesion.extent_mm + 0.5  # 0 at the feet end, 1 at the head end
+        radius = lesion.size_mm / 2 * _widening(position, lesion.growth)
+        mask = lung & (position >= 0) & (position <= 1) & ((y - y0) ** 2 + (x - x0) ** 2 <= radius**2)
+        mask &= self.hu[box] < -300
+        self.paint((box, mask), lesion.hu)
+        bronchi = mask & (np.mod(y + 0.4 * x, 17) < 2.5) & (np.mod(x, 13) < 3.5)
+        self.paint((box, bronchi), -700)
+        lesion.centre = (round(z0, 1), round(y0, 1), round(x0, 1))
+        self.record("consolidation", [(lesion, self.areas(box, mask))])
+
+    def draw_emphysema(self, lesions: list[Lesion]) -> None:
+        lesion = lesions[0]
+        rng, (depth, width) = self.rng, self.inner
+        low, high = {"upper lobes": (105, 200), "lower lobes": (-30, 85), "both lungs": (-30, 200)}[lesion.place]
+        areas = np.zeros(len(self.axes[0]))
+        for side, sign in _SIGNS.items():
+            box, lung = self.lungs[side]
+            drawn = np.zeros_like(lung)
+            region = lung & (self.grid(box)[0] > low) & (self.grid(box)[0] < high) & (self.hu[box] < -700)
+            self.paint((box, region), -950)
+            for _ in range(int(0.55 * (high - low))):
+                centre = (
+                    rng.uniform(low, high),
+                    rng.uniform(-0.85, 0.85) * depth,
+                    sign * rng.uniform(0.1, 0.95) * width,
+                )
+                bubble, mask = self.ellipsoid(centre, (rng.uniform(9, 20), *rng.uniform(5, 11, 2)))
+                mask &= self._crop((box, region), bubble)
+                self.paint((bubble, mask), lesion.hu)
+                drawn |= self._crop((bubble, mask), box)  # bubbles overlap
+            areas += self.areas(box, drawn)
+        lesion.centre = ((low + high) / 2, 0.0, 0.0)
+        self.record("emphysema", [(lesion, areas)])
+
+    def draw_cardiomegaly(self, lesions: list[Lesion]) -> None:
+        box, mask = self.heart
+        lesions[0].size_mm = round(2 * self.heart_ratio * self.inner[1], 1)
+        lesions[0].hu = round(self.chamber, 1)
+        lesions[0].centre = (38.0, 0.0, 0.0)
+        self.record("cardiomegaly", [(lesions[0], self.areas(box, mask))])
+
+    def draw_aneurysm(self, lesions: list[Lesion]) -> None:
+        lesion = lesions[0]
+        length = lesion.extent_mm
+        low, high = (5, self.aorta_top - 12) if lesion.place == "thoracic aorta" else (self.axes[0][0] + 8, -15)
+        length = lesion.extent_mm = min(length, high - low)
+        start = self.rng.uniform(low, high - length)
+        position = (self.axes[0] - start) / length
+        inside = (position >= 0) & (position <= 1)
+        widened = lesion.size_mm / 2 * _widening(position, lesion.growth)
+        radii = np.where(inside, np.maximum(widened, self.aorta_radius), self.aorta_radius).astype(np.float32)
+        areas = np.where(inside, self._draw_aorta(radii, self.aorta_top), 0)
+        lesion.hu = round(self.blood, 1)
+        lesion.centre = (round(start + length / 2, 1), self.aorta[0], self.aorta[1])
+        self.record("aneurysm", [(lesion, areas)])
+
+    def draw_liver_lesion(self, lesions: list[Lesion]) -> None:
+        placed: list[tuple[Lesion, np.ndarray]] = []
+        for lesion in lesions:
+            radius = lesion.size_mm / 2
+            (cz, cy, cx), radii = self.liver_lobes[lesion.side]
+            for _ in range(200):
+                # 0.55 of the lobe's half axes less the lesion's: it stays inside.
+                room = np.maximum(np.array(radii) - radius - 4, 2) * [0.72, 0.5, 0.5]
+                offset = self.rng.uniform(-1, 1, 3) * room
+                if lesion.side == "left":
+                    offset[2] = abs(offset[2])  # away from the right lobe
+                centre = (cz + offset[0], cy + offset[1], cx + offset[2])
+                if any(abs(centre[0] - other.centre[0]) <= radius + other.size_mm / 2 + 12 for other, _ in placed):
+                    continue
+                box, mask = self.ellipsoid(centre, (radius,) * 3)
+                if (np.abs(self.hu[box] - self.liver) < 1)[mask].all():  # not under kidney, lung or heart
+                    break
+            else:
+                continue
+            lesion.centre = tuple(round(float(c), 1) for c in centre)
+            lesion.hu = round(self.liver + lesion.hu, 1)
+            self.paint((box, mask), lesion.hu)
+            placed.append((lesion, self.areas(box, mask)))
+        self.record("liver lesion", placed)
+
+    def draw_renal_stone(self, lesions: list[Lesion]) -> None:
+        lesion = lesions[0]
+        z, y, x = self.kidneys[lesion.side]
+        radius = lesion.size_mm / 2
+        centre = (z + self.rng.uniform(-22, 22), y + self.rng.uniform(-6, 6), x + self.rng.uniform(-7, 7))
+        box, mask = self.ellipsoid(centre, (max(radius, self.spacing[0] * 0.6), radius, radius))
+        self.paint((box, mask), lesion.hu)
+        lesion.centre = tuple(round(float(c), 1) for c in centre)
+        self.record("renal stone", [(lesion, self.areas(box, mask))])
+
+    def draw_ascites(self, lesions: list[Lesion]) -> None:
+        lesion = lesions[0]
+        box, cavity = self.cavity
+        depth, width = self.inner
+        z, y, x = self.grid(box)
+        thickness = {"small": 9, "moderate": 18, "large": 32}[lesion.amount]
+        core = (y / (depth - thickness)) ** 2 + (x / (width - thickness)) ** 2 > 1
+        top = {"small": -60, "moderate": -25, "large": -5}[lesion.amount]
+        mask = cavity & core & (z < top) & (y < 0.75 * depth)
+        fat = (self.hu[box] > -140) & (self.hu[box] < -60)
+        organ = np.abs(self.hu[box] - self.liver) < 1
+        mask &= fat | organ  # around bowel, spleen and kidneys; the liver draws back
+        self.paint((box, mask), lesion.hu)
+        areas = self.areas(box, mask)
+        lesion.centre = (-120.0, 0.0, 0.0)
+        self.record("ascites", [(lesion, areas)])
+
+    def draw_fracture(self, lesions: list[Lesion]) -> None:
+        lesion = lesions[0]
+        period = self.body_height + 5
+        low, high = (8, 190) if lesion.place == "thoracic spine" else (self.axes[0][0] + period, -18)
+        bottoms = np.arange(-20, 20) * period - self.spine_offset
+        bottoms = bottoms[(bottoms > low) & (bottoms + self.body_height < high)]
+        bottom = float(self.rng.choice(bottoms))
+        height = self.body_height * (1 - lesion.height_loss / 100)
+        box = self.box((bottom, bottom + self.body_height), (self.spine_y - 26, self.spine_y + 20), (-28, 28))
+        z, y, x = self.grid(box)
+        outline = ((y - self.spine_y) / 19) ** 2 + (x / 22) ** 2
+        self.paint((box, np.broadcast_to(outline <= 1, self.hu[box].shape)), 85)
+        bulge = ((y - self.spine_y + 2) / 22) ** 2 + (x / 26) ** 2 <= 1
+        mask = bulge & (z >= bottom) & (z < bottom + height) & (y < self.spine_y + 19)
+        if not mask.any():  # thinner than a slice
+            mask = bulge & (np.abs(z - bottom - height / 2) <= self.spacing[0])
+        self.paint((box, mask), lesion.hu)
+        lesion.centre = (round(bottom + height / 2, 1), self.spine_y, 0.0)
+        self.record("fracture", [(lesion, self.areas(box, mask))])
+
+    def finish(self) -> Phantom:
+        noise = self.rng.standard_normal(self.hu.shape, dtype=np.float32)
+        self.hu += self.plan["acquisition"]["noise"] * noise
+        return Phantom(
+            hu=np.clip(np.rint(self.hu), -1024, 3071).astype(np.int16),
+            spacing=tuple(round(step, 6) for step in self.spacing),
+            phase=self.plan["phase"],
+            findings=[finding for finding in self.findings if finding.lesions],
+            acquisition=self.plan["acquisition"],
+            heart_ratio=round(float(self.heart_ratio), 3),
+            held_out=self.plan["held_out"],
+            organ_areas=self.organ_areas,
+        )
+
+
+_SIGNS = {"left": 1, "right": -1}
+
+
+def _widening(position: np.ndarray, growth: str) -> np.ndarray:
+    """Share of the largest radius at 0 (feet end) to 1 (head end) of a lesion."""
+    position = np.clip(position, 0, 1)
+    if growth == "head":
+        return 0.35 + 0.65 * position
+    if growth == "feet":
+        return 1.0 - 0.65 * position
+    if growth == "middle":
+        return 0.35 + 0.65 * np.sqrt(np.clip(1 - (2 * position - 1) ** 2, 0, 1))
+    return np.ones_like(position)

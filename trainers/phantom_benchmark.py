@@ -1,0 +1,261 @@
+# Copyright 2026 The CT-MoE authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The phantom benchmark: `evaluate_phantoms` answers a split's rows, with controls, and scores them.
+
+Intervals are 95 % bootstrap intervals over scans.
+"""
+
+import json
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ct_moe import DataError
+
+from .answering import Answer, answer_rows
+from .bootstrap import bootstrap_interval, paired_bootstrap_interval
+from .phantom_controls import CONTROL_NAMES, blind, flipped, flipped_answer, other_scan, shuffled_slices, single_slice
+from .phantom_scores import score_closed, score_open, score_reports
+from .phantom_texts import KINDS
+from .text_metrics import text_metrics
+from .volume_cache import VolumeCache
+
+
+def read_split(data: str | Path, split: str, scans: int | None = None) -> tuple[list[dict], dict[str, dict]]:
+    """Rows of a split, and the labels of its scans by path; `scans` keeps the first so many.
+
+    Raises:
+        DataError: the folder has no such split.
+    """
+    data = Path(data)
+    try:
+        labels = {record["images"]: record for record in _lines(data / f"{split}_labels.jsonl")}
+        rows = list(_lines(data / f"{split}.jsonl"))
+    except FileNotFoundError as error:
+        raise DataError(
+            str(data), f"has no {Path(error.filename).name}", "Write phantoms first: ct-moe phantom"
+        ) from None
+    kept = set(sorted(labels)[:scans])
+    return [row for row in rows if row["images"] in kept], {name: labels[name] for name in kept}
+
+
+def evaluate_phantoms(
+    model,
+    processor,
+    data: str | Path,
+    *,
+    split: str = "test",
+    scans: int | None = None,
+    controls: Iterable[str] = CONTROL_NAMES,
+    tasks: Iterable[str] = ("vqa_closed", "vqa_open", "report"),
+    task=None,
+    volume_cache: VolumeCache | None = None,
+    batch_size: int = 16,
+    progress: bool = True,
+) -> dict[str, Any]:
+    """Answer the rows of a split and score them.
+
+    Args:
+        model, processor: of CT-MoE.
+        data: folder written by `write_phantoms`.
+        split: "validation" or "test".
+        scans: first so many scans only.
+        controls: names from `CONTROL_NAMES`, and "flipped"; they are run on closed questions.
+        tasks: kinds of rows to answer.
+        task: as in `answer_rows`.
+        volume_cache, batch_size, progress: as in `answer_rows`.
+
+    Returns:
+        `closed` (`accuracy`, `interval`, `n`, `letter`, `m3d`, `mean_of_kinds`, `kinds`, `templates`,
+        `unseen_acquisition`, `held_out`), `majority` (the usual answer of each template in train), `controls`, `open`,
+        `report` and `answers` (per row; not for print).
+    """
+    controls, known = list(controls), (*CONTROL_NAMES, "flipped")
+    if unknown := [name for name in controls if name not in known]:
+        raise DataError("controls", f"{unknown[0]!r} is unknown", f"Use names of {', '.join(known)}")
+    rows, labels = read_split(data, split, scans)
+    if len(labels) < 2 and {"vqa_closed", "vqa_open"} & set(tasks):
+        raise DataError("scans", "one scan has no interval", "Score two scans or more")
+    closed = [row for row in rows if row["task"] == "vqa_closed"]
+    settings = {
+        "folder": data,
+        "volume_cache": volume_cache,
+        "batch_size": batch_size,
+        "progress": progress,
+        "task": task,
+    }
+    result: dict[str, Any] = {"split": split, "scans": len(labels), "answers": []}
+
+    def answer(asked: Sequence[dict], **more) -> list[Answer]:
+        return answer_rows(model, processor, asked, **{**settings, **more})
+
+    def keep(asked: Sequence[dict], answers: Sequence[Answer], right: Iterable) -> None:
+        for row, said, is_right in zip(asked, answers, right):
+            names = ("images", "task", "kind", "template", "prompt", "completion", "answer", "choices")
+            record = {name: row[name] for name in names}
+            result["answers"].append({**record, "text": said.text, "group": said.task, "right": is_right})
+
+    if "vqa_closed" in tasks:
+        try:
+            majority = majority_answers(_lines(Path(data) / "train.jsonl"), closed)
+        except FileNotFoundError:
+            raise DataError(str(data), "has no train.jsonl", "Copy it too: the usual answers come from it") from None
+        answers = answer(closed)
+        right = _right(closed, answers)
+        result["closed"] = _closed_scores(closed, answers, right)
+        keep(closed, answers, right.astype(bool).tolist())
+        scans_of = [row["images"] for row in closed]
+        result["majority"] = {"accuracy": float(majority.mean()), "kinds": _by(closed, majority, "kind")}
+        result["controls"] = {}
+        read = volume_cache.read if volume_cache is not None else processor.image_processor.process_volume
+        changes = {
+            "blind": blind(processor.image_processor),
+            "other_scan": other_scan(read, rows, Path(data), seed=0),
+            "shuffled_slices": shuffled_slices,
+            "single_slice": single_slice(labels),
+        }
+        for name in controls:
+            if name == "flipped":
+                result["controls"][name] = _flipped(closed, right, answer)
+                continue
+            control = _right(closed, answer(closed, change=changes[name]))
+            result["controls"][name] = {
+                "accuracy": float(control.mean()),
+                "interval": bootstrap_interval(control, scans_of),
+                "minus_majority": float((control - majority).mean()),
+                "minus_majority_interval": paired_bootstrap_interval(control, majority, scans_of),
+                "kinds": _by(closed, control, "kind"),
+            }
+    if "vqa_open" in tasks:
+        asked = [row for row in rows if row["task"] == "vqa_open"]
+        answers = answer(asked)
+        right = np.array(score_open(asked, [said.text for said in answers]), dtype=float)
+        result["open"] = {
+            "accuracy": float(right.mean()),
+            "interval": bootstrap_interval(right, [row["images"] for row in asked]),
+            "n": len(asked),
+            "kinds": _by(asked, right, "kind"),
+            **_text_scores(asked, answers),
+        }
+        keep(asked, answers, right.astype(bool).tolist())
+    if "report" in tasks:
+        asked = [row for row in rows if row["task"] == "report"]
+        answers = answer(asked)
+        texts = [said.text for said in answers]
+        result["report"] = score_reports([labels[row["images"]] for row in asked], texts) | _text_scores(
+            asked, answers
+        )
+        keep(asked, answers, [None] * len(asked))
+    return result
+
+
+def majority_answers(train: Iterable[dict], rows: Sequence[dict]) -> np.ndarray:
+    """1 where the most usual answer of the template in train, among the row's choices, is right; else 0."""
+    counts: dict[str, Counter] = {}
+    for row in train:
+        counts.setdefault(row["template"], Counter())[row["answer"]] += 1
+    usual = [max(row["choices"], key=lambda choice: counts.get(row["template"], {}).get(choice, 0)) for row in rows]
+    return np.array([float(choice == row["answer"]) for choice, row in zip(usual, rows)])
+
+
+def format_scores(result: dict[str, Any]) -> str:
+    """A table for print."""
+    lines = [f"{result['scans']} scans of the {result['split']} split"]
+    if "closed" in result:
+        closed, kinds = result["closed"], [kind for kind in KINDS if kind in result["closed"]["kinds"]]
+        lines += ["", f"{'closed questions':24}{'all':>8}" + "".join(f"{kind[:13]:>15}" for kind in kinds)]
+        table = {"model": closed, "majority answer": result["majority"], **result["controls"]}
+        for name, scores in table.items():
+            if name != "flipped":
+                cells = "".join(f"{100 * scores['kinds'][kind]:15.1f}" for kind in kinds)
+                lines.append(f"{name:24}{100 * scores['accuracy']:8.1f}{cells}")
+        low, high = closed["interval"]
+        lines.append(f"model: {100 * low:.1f} to {100 * high:.1f}, {closed['n']} questions")
+        if "flipped" in result["controls"]:
+            flip = result["controls"]["flipped"]
+            lines.append(f"left and right exchanged: the side follows in {_percent(flip['follows'])} of {flip['n']}")
+    if "open" in result:
+        lines.append(f"open questions          {100 * result['open']['accuracy']:8.1f}   of {result['open']['n']}")
+    if "report" in result:
+        report = result["report"]
+        lines += ["", f"reports: macro F1 {report['macro_f1']:.3f}, micro F1 {report['micro_f1']:.3f}"]
+        for name, scores in report["per_finding"].items():
+            cells = "  ".join(f"{key} {scores[key]:.2f}" for key in ("precision", "recall", "f1"))
+            lines.append(f"  {name:16}{cells}  of {scores['support']}")
+        size = "-" if report["size_error_mm"] is None else f"{report['size_error_mm']:.1f}"
+        texts = ", ".join(f"{name} {report[name]:.1f}" for name in ("bleu1", "bleu4", "rouge1", "rougeL"))
+        lines.append(
+            f"  {texts}; side wrong in {_percent(report['side_errors'])}, place in "
+            f"{_percent(report['place_errors'])}; size off by {size} mm"
+        )
+    return "\n".join(lines)
+
+
+def _closed_scores(rows: Sequence[dict], answers: Sequence[Answer], right: np.ndarray) -> dict[str, Any]:
+    kinds = _by(rows, right, "kind")
+    scores = score_closed(rows, [said.text for said in answers])
+    return {
+        "accuracy": float(right.mean()),
+        "interval": bootstrap_interval(right, [row["images"] for row in rows]),
+        "n": len(rows),
+        **{name: float(np.mean([score[name] for score in scores])) for name in ("letter", "m3d")},
+        "mean_of_kinds": float(np.mean(list(kinds.values()))),
+        "kinds": kinds,
+        "templates": _by(rows, right, "template"),
+        "unseen_acquisition": _by(rows, right, "unseen"),
+        "held_out": _by(rows, right, "held_out"),
+    }
+
+
+def _flipped(rows: Sequence[dict], right: np.ndarray, answer) -> dict[str, Any]:
+    """Of the sides told rightly, the share that changes with the scan."""
+    sided = [
+        {**row, "mirrored": mirrored}
+        for row, is_right in zip(rows, right)
+        if is_right and (mirrored := flipped_answer(row["answer"])) in row["choices"] and mirrored is not None
+    ]
+    if not sided:
+        return {"follows": None, "n": 0}
+    texts = [said.text for said in answer(sided, change=flipped)]
+    wanted = [{**row, "answer": row["mirrored"]} for row in sided]
+    follows = [score["strict"] for score in score_closed(wanted, texts)]
+    return {"follows": float(np.mean(follows)), "n": len(sided)}
+
+
+def _right(rows: Sequence[dict], answers: Sequence[Answer]) -> np.ndarray:
+    return np.array([float(score["strict"]) for score in score_closed(rows, [said.text for said in answers])])
+
+
+def _by(rows: Sequence[dict], values: np.ndarray, column: str) -> dict[str, float]:
+    groups: dict[str, list[float]] = {}
+    for row, value in zip(rows, values):
+        groups.setdefault(str(row[column]), []).append(value)
+    return {name: float(np.mean(group)) for name, group in sorted(groups.items())}
+
+
+def _text_scores(rows: Sequence[dict], answers: Sequence[Answer]) -> dict[str, float]:
+    return text_metrics([said.text for said in answers], [row["completion"] for row in rows])
+
+
+def _percent(share: float | None) -> str:
+    return "-" if share is None else f"{100 * share:.1f} %"
+
+
+def _lines(path: Path) -> Iterable[dict]:
+    with path.open(encoding="utf-8") as file:
+        for line in file:
+            yield json.loads(line)

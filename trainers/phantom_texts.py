@@ -1,0 +1,624 @@
+# Copyright 2026 The CT-MoE authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Reports, questions and answers about a phantom, from its labels alone.
+
+- `report_text`, `questions`, `balanced`, `scan_rows`: about a whole scan.
+- `slice_texts`: about one slab, for the 2D base.
+
+Every sentence and question has wordings for train and validation and others, of the same words, for the test split.
+Kinds of questions are those of M3D-VQA (plane, phase, organ, abnormality, location) and `between_slices`: extent along
+the body axis, number of lesions, level in the scanned range, direction of growth. No single slice answers those.
+"""
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+
+from ct_moe.pipeline_ct_moe import REPORT_PROMPT
+
+from .phantom_anatomy import FINDINGS, LOBES, PHASES
+
+
+KINDS = ("phase", "organ", "abnormality", "location", "between_slices")  # counted in totals; "plane" never is
+ORGANS = {
+    "nodule": "lung",
+    "effusion": "pleura",
+    "consolidation": "lung",
+    "emphysema": "lung",
+    "cardiomegaly": "heart",
+    "aneurysm": "aorta",
+    "liver lesion": "liver",
+    "renal stone": "kidney",
+    "ascites": "peritoneum",
+    "fracture": "spine",
+}
+SIDED = ("nodule", "effusion", "consolidation", "liver lesion", "renal stone")  # with a left and a right
+NUMBERS = ("no", "one", "two", "three", "four")
+EXTENTS = (40, 80, 120, 160)  # mm, the choices
+LEVELS = ("lowest quarter", "second lowest quarter", "second highest quarter", "highest quarter")
+GROWTH_TEXTS = {
+    "head": "towards the head",
+    "feet": "towards the feet",
+    "middle": "towards the middle",
+    "constant": "nowhere",
+}
+PLANES = ("axial", "sagittal", "coronal", "oblique")
+
+
+def report_text(labels: dict, rng: np.random.Generator, split: str = "train") -> str:
+    """Findings and impression; every one of `FINDINGS` is mentioned, present or absent.
+
+    Args:
+        labels: `Phantom.labels()`.
+        rng: chooses the wording.
+        split: which wordings; see the module.
+
+    Returns:
+        Text with the headings that `split_report` reads.
+    """
+
+    def say(wordings: tuple[tuple[str, ...], tuple[str, ...]], **values) -> str:
+        text = str(rng.choice(wordings[split == "test"])).format(**values).replace(" ,", ",")
+        return text[0].upper() + text[1:]
+
+    found = {finding["name"]: finding["lesions"] for finding in labels["findings"]}
+    sentences = [say(_PHASE_SENTENCE, phase=labels["phase"])]
+    absent: list[str] = []
+    for name in FINDINGS:
+        if name in found:
+            sentences.append(say(_PRESENT[name], **_values(name, found[name])))
+        else:
+            absent.append(name)
+    for organs in (("nodule", "consolidation", "emphysema", "effusion"), ("cardiomegaly", "aneurysm"), FINDINGS[6:]):
+        missing = [name for name in organs if name in absent]
+        if missing:
+            nouns = [_NOUNS[name] for name in missing]
+            listed = ", ".join(nouns[:-1]) + " or " + nouns[-1] if len(nouns) > 1 else nouns[0]
+            sentences.append(say(_ABSENT, finding=listed))
+    if found:
+        impression = [_with_place(name, found[name]) for name in FINDINGS if name in found]
+        listed = ", ".join(impression[:-1]) + " and " + impression[-1] if len(impression) > 1 else impression[0]
+        impression = listed[0].upper() + listed[1:] + "."
+    else:
+        impression = say(_NORMAL)
+    return f"Findings: {' '.join(sentences)}\nImpression: {impression}"
+
+
+@dataclass
+class Question:
+    """One question about one scan.
+
+    Attributes:
+        kind: one of `KINDS`.
+        template: what is asked, whatever the wording, such as "count nodule": answers are balanced in each.
+        answer: what is right, as in `choices`.
+        choices: four answers, or `None` for an open question.
+        completion: open questions: the whole answer.
+        prompt: the wording.
+    """
+
+    kind: str
+    template: str
+    answer: str
+    choices: list[str] | None
+    completion: str
+    prompt: str
+
+    @property
+    def told(self) -> bool:
+        """Whether a report answers it."""
+        return self.template.split(" ")[0] not in ("growth", "level") and not self.template.startswith("count")
+
+
+def questions(labels: dict, rng: np.random.Generator, split: str = "train") -> list[Question]:
+    """Every question that the scan can answer, closed and open, before answers are balanced."""
+    found = {finding["name"]: finding["lesions"] for finding in labels["findings"]}
+    asked: list[Question] = []
+
+    def ask(kind, template, answer, choices, **values):
+        wordings = _QUESTIONS[template.split(" ")[0]][split == "test"]
+        prompt = str(rng.choice(wordings)).format(**values)
+        asked.append(Question(kind, template, answer, list(choices), "", prompt))
+
+    def ask_open(kind, template, answer, completion, **values):
+        wordings = _QUESTIONS[template.split(" ")[0]][split == "test"]
+        prompt = str(rng.choice(wordings)).format(**values)
+        asked.append(Question(kind, f"open {template}", answer, None, completion, prompt))
+
+    ask("phase", "phase", labels["phase"], PHASES)
+    ask_open("phase", "phase", labels["phase"], f"It is the {labels['phase']} phase.")
+
+    abnormal = sorted({ORGANS[name] for name in found})
+    normal = sorted(set(ORGANS.values()) - set(abnormal))
+    if abnormal and len(normal) >= 3:
+        for organ in abnormal:
+            ask("organ", "organ", organ, [organ, *rng.choice(normal, 3, replace=False)])
+    absent = [name for name in FINDINGS if name not in found]
+    if len(absent) >= 3:
+        for name in found or ("no abnormality",):
+            wrong = [str(other) for other in rng.choice(absent, 3, replace=False)]
+            if name != "no abnormality" and rng.random() < 0.3:
+                wrong[0] = "no abnormality"
+            ask("abnormality", "abnormality", name, [name, *wrong])
+    for name in FINDINGS:
+        noun = _NOUNS[name]
+        answer = "yes" if name in found else "no"
+        completion = f"Yes, {_with_place(name, found[name])}." if name in found else f"No, there is no {noun}."
+        ask_open("abnormality", f"presence {name}", answer, completion, finding=_ARTICLES.get(name, "") + noun)
+
+    for name, choices in PLACES.items():
+        place = _place(name, found.get(name))
+        if place is None:
+            continue
+        others = [choice for choice in choices if choice != place]
+        ask("location", f"where {name}", place, [place, *rng.choice(others, 3, replace=False)], finding=_NOUNS[name])
+        if name in found:
+            ask_open("location", f"where {name}", place, f"In {_the(place)}.", finding=_NOUNS[name])
+    for name in ("nodule", "aneurysm", "liver lesion", "renal stone"):
+        if name in found:
+            size = round(found[name][0]["size_mm"])
+            ask_open("location", f"size {name}", str(size), f"It measures {size} mm.", finding=_NOUNS[name])
+    _ask_between_slices(labels, found, ask, ask_open)
+    for question in asked:
+        if question.choices is not None:
+            rng.shuffle(question.choices)
+            letter = "ABCD"[question.choices.index(question.answer)]
+            listed = " ".join(f"{label}. {choice}" for label, choice in zip("ABCD", question.choices))
+            question.prompt = f"{question.prompt} Choices: {listed}"
+            question.completion = closed_answer(question.answer, letter)
+    return asked
+
+
+def closed_answer(answer: str, letter: str) -> str:
+    """The choice, then its letter: a small model has to know the answer before it can look for its letter."""
+    return f"{answer}, {letter}."
+
+
+def _ask_between_slices(labels: dict, found: dict, ask, ask_open) -> None:
+    kind = "between_slices"
+    for name in ("effusion", "consolidation", "aneurysm"):
+        if name not in found:
+            continue
+        lesion = found[name][0]
+        nearest = min(EXTENTS, key=lambda extent: abs(extent - lesion["extent_mm"]))
+        if abs(nearest - lesion["extent_mm"]) <= 14:
+            ask(kind, f"extent {name}", f"{nearest} mm", [f"{e} mm" for e in EXTENTS], finding=_NOUNS[name])
+        rounded = round(lesion["extent_mm"] / 10) * 10
+        ask_open(kind, f"extent {name}", str(rounded), f"About {rounded} mm.", finding=_NOUNS[name])
+        growth = lesion["growth"]
+        if growth is not None and growth == _measured_growth(lesion["slice_areas"]):
+            text = GROWTH_TEXTS[growth]
+            ask(kind, f"growth {name}", text, list(GROWTH_TEXTS.values()), finding=_NOUNS[name])
+    for name in ("nodule", "liver lesion"):
+        if name in found:
+            number = NUMBERS[len(found[name])]
+            choices = NUMBERS[1:] if name == "nodule" else NUMBERS[:4]
+            ask(kind, f"count {name}", number, choices, finding=_PLURALS[name])
+            verb = "is" if number == "one" else "are"
+            ask_open(kind, f"count {name}", number, f"There {verb} {number}.", finding=_PLURALS[name])
+        elif name == "liver lesion":
+            ask(kind, f"count {name}", "no", NUMBERS[:4], finding=_PLURALS[name])
+    for name in ("nodule", "fracture"):
+        if name in found and len(found[name]) == 1:
+            level = scan_level(found[name][0]["slice_areas"])
+            if level is not None:
+                ask(kind, f"level {name}", level, LEVELS, finding=_NOUNS[name])
+
+
+def scan_level(slice_areas: list[float]) -> str | None:
+    """Quarter of the scanned range that holds the middle of a lesion; `None` within 3 % of a border."""
+    inside = np.flatnonzero(slice_areas)
+    position = 4 * ((inside[0] + inside[-1] + 1) / 2) / len(slice_areas)
+    quarter = min(int(position), 3)
+    border = min(abs(position - edge) for edge in (1, 2, 3))
+    return LEVELS[quarter] if border > 0.12 else None
+
+
+def _measured_growth(slice_areas: list[float]) -> str | None:
+    """Where a lesion is widest, from its areas; `None` if that is not plain."""
+    areas = np.array(slice_areas)
+    areas = areas[np.flatnonzero(areas)[0] : np.flatnonzero(areas)[-1] + 1]
+    if len(areas) < 5:
+        return None
+    low, mid, high = (part.mean() for part in np.array_split(areas, 3))
+    if high > 1.3 * mid and mid > 1.3 * low:
+        return "head"
+    if low > 1.3 * mid and mid > 1.3 * high:
+        return "feet"
+    if mid > 1.25 * max(low, high):
+        return "middle"
+    return "constant" if max(low, mid, high) < 1.15 * min(low, mid, high) else None
+
+
+def balanced(
+    pools: Iterable[list[Question]], closed: int, opened: int, rng: np.random.Generator
+) -> list[list[Question]]:
+    """Choose per scan up to so many closed and open questions, so that in each template no answer is the usual one.
+
+    A question is taken if its answer is not ahead of the rarest answer of its template by more than two: rare answers
+    decide how often a template is asked. Between slices comes first.
+    """
+    pools = list(pools)
+    counts: dict[str, Counter] = {}
+    for pool in pools:
+        for question in pool:
+            counts.setdefault(question.template, Counter())[question.answer] += 0
+    chosen = []
+    for pool in pools:
+        taken: list[Question] = []
+        order = rng.permutation(len(pool))
+        left = {True: closed, False: opened}
+        templates: set[str] = set()
+        # Fewest answers so far first, so that no template starves; what few scans can answer, between slices, before.
+        for index in sorted(
+            order, key=lambda i: (pool[i].kind != "between_slices", counts[pool[i].template][pool[i].answer])
+        ):
+            question = pool[index]
+            seen = counts[question.template]
+            is_closed = question.choices is not None
+            if not left[is_closed] or question.template in templates:
+                continue
+            # Numbers of open questions are too many to be balanced.
+            free = question.template.startswith(("open size", "open extent"))
+            if free or seen[question.answer] <= min(seen.values()) + 2:
+                seen[question.answer] += 1
+                left[is_closed] -= 1
+                templates.add(question.template)
+                taken.append(question)
+        chosen.append(taken)
+    return chosen
+
+
+def scan_rows(path: str, labels: dict, chosen: list[Question], rng: np.random.Generator, split: str) -> list[dict]:
+    """Rows of the data schema (images, prompt, completion, task) with what scoring needs beside them."""
+    common = {
+        "images": path,
+        "split": split,
+        "unseen": labels["acquisition"]["unseen"],
+        "held_out": labels["held_out"],
+    }
+    rows = [
+        {
+            **common,
+            "prompt": REPORT_PROMPT,
+            "completion": report_text(labels, rng, split),
+            "task": "report",
+            "kind": "report",
+            "template": "report",
+            "answer": None,
+            "choices": None,
+        }
+    ]
+    for question in chosen:
+        rows.append(
+            {
+                **common,
+                "prompt": question.prompt,
+                "completion": question.completion,
+                "task": "vqa_open" if question.choices is None else "vqa_closed",
+                "kind": question.kind,
+                "template": question.template,
+                "answer": question.answer,
+                "choices": question.choices,
+            }
+        )
+    return rows
+
+
+def plane_rows(path: str, labels: dict, rng: np.random.Generator, split: str) -> list[dict]:
+    """The question for the plane in which a scan is stored: closed, about slices as they lie in the file."""
+    if "plane" not in labels:
+        return []
+    choices = list(PLANES)
+    rng.shuffle(choices)
+    listed = " ".join(f"{label}. {choice}" for label, choice in zip("ABCD", choices))
+    question = str(rng.choice(_QUESTIONS["plane"][split == "test"]))
+    return [
+        {
+            "images": path,
+            "split": split,
+            "prompt": f"{question} Choices: {listed}",
+            "completion": closed_answer(labels["plane"], "ABCD"[choices.index(labels["plane"])]),
+            "task": "vqa_closed",
+            "kind": "plane",
+            "template": "plane",
+            "answer": labels["plane"],
+            "choices": choices,
+        }
+    ]
+
+
+# Single slices, for the 2D base ------------------------------------------------------------------------------------
+
+
+def slice_texts(labels: dict, low: float, high: float, rng: np.random.Generator, split: str = "train") -> list[tuple]:
+    """(prompt, completion) pairs about one slab alone: a caption, closed and open questions.
+
+    Args:
+        labels: `Phantom.labels()`.
+        low, high: ends of the slab, as shares of the scanned range from the feet.
+        rng, split: as in `report_text`.
+    """
+    seen = slice_findings(labels, low, high)
+    sides: dict[str, set] = {}
+    for name, lesion in seen:
+        sides.setdefault(name, set()).add(lesion["side"])
+    organs = slice_organs(labels, low, high)
+    present = [_with_own_side(name, sides[name], seen) for name in FINDINGS if name in sides]
+    parts = [f"The slice is in the {labels['phase']} phase", f"it shows {', '.join(organs) or 'no organ'}"]
+    caption = "; ".join([*parts, ", ".join(present) or "no abnormality"]) + "."
+    pairs = [("Describe the slice.", caption)]
+
+    def closed(prompt: str, answer: str, wrong: list[str]) -> None:
+        choices = [answer, *wrong[:3]]
+        rng.shuffle(choices)
+        listed = " ".join(f"{label}. {choice}" for label, choice in zip("ABCD", choices))
+        completion = closed_answer(answer, "ABCD"[choices.index(answer)])
+        pairs.append((f"{prompt} Choices: {listed}", completion))
+
+    def word(template: str, **values) -> str:
+        return str(rng.choice(_QUESTIONS[template][split == "test"])).format(**values)
+
+    closed(word("phase"), labels["phase"], [phase for phase in PHASES if phase != labels["phase"]])
+    absent = [name for name in FINDINGS if name not in sides]
+    wrong = [str(name) for name in rng.choice(absent, 3, replace=False)] if len(absent) >= 3 else None
+    if wrong:
+        if sides and rng.random() < 0.3:
+            wrong[0] = "no abnormality"
+        closed(word("abnormality"), str(rng.choice(list(sides) or ["no abnormality"])), wrong)
+    name = str(rng.choice(list(sides))) if sides and rng.random() < 0.5 else str(rng.choice(FINDINGS))
+    text = f"Yes, {_with_own_side(name, sides[name], seen)}." if name in sides else f"No, there is no {_NOUNS[name]}."
+    pairs.append((word("presence", finding=_ARTICLES.get(name, "") + _NOUNS[name]), text))
+    asked = [name for name in SIDED if name in sides] or [str(rng.choice(SIDED))]
+    name = str(rng.choice(asked))
+    answer = "neither side"
+    if name in sides:
+        answer = "both sides" if len(sides[name]) > 1 or "both" in sides[name] else f"{next(iter(sides[name]))} side"
+    options = ["left side", "right side", "both sides", "neither side"]
+    closed(word("where", finding=_NOUNS[name]), answer, [option for option in options if option != answer])
+    return pairs
+
+
+def slice_findings(labels: dict, low: float, high: float) -> list[tuple[str, dict]]:
+    """(name, lesion) of what covers enough of a slab, on average over its slices, to be seen."""
+    return [
+        (finding["name"], lesion)
+        for finding in labels["findings"]
+        for lesion in finding["lesions"]
+        if _mean_area(lesion["slice_areas"], low, high) >= _VISIBLE_MM2.get(finding["name"], 60)
+    ]
+
+
+def slice_organs(labels: dict, low: float, high: float) -> list[str]:
+    """Organs that cover more than 100 mm2 of a slab."""
+    return [name for name, areas in labels["organ_areas"].items() if _mean_area(areas, low, high) > 100]
+
+
+def _mean_area(areas: list[float], low: float, high: float) -> float:
+    start = int(np.floor(low * len(areas)))
+    part = areas[start : max(start + 1, int(np.ceil(high * len(areas))))]
+    return sum(part) / len(part)
+
+
+def _with_own_side(name: str, sides: set, seen: list[tuple[str, dict]]) -> str:
+    size = max((lesion["size_mm"] or 0) for other, lesion in seen if other == name)
+    text = _NOUNS[name] + (f" of {size:.0f} mm" if size and name != "cardiomegaly" else "")
+    sides = sides - {None}
+    if not sides or name == "emphysema":
+        return text
+    return f"{text} on " + ("both sides" if len(sides) > 1 or "both" in sides else f"the {next(iter(sides))} side")
+
+
+def _values(name: str, lesions: list[dict]) -> dict:
+    largest = lesions[0]
+    return {
+        "number": NUMBERS[len(lesions)],
+        "size": round(largest["size_mm"] or 0),
+        "extent": round(largest["extent_mm"] / 10) * 10,
+        "place": _the(largest["place"]),
+        "side": {"both": "both sides"}.get(largest["side"], f"the {largest['side']} side"),
+        "amount": largest["amount"],
+        "loss": largest["height_loss"],
+        "noun": _NOUNS[name] if len(lesions) == 1 else _PLURALS[name],
+        "of": "of" if len(lesions) == 1 else ", the largest of",
+        "some": f"is {_ARTICLES.get(name, '')}{_NOUNS[name]}" if len(lesions) == 1 else f"are {_PLURALS.get(name)}",
+    }
+
+
+def _with_place(name: str, lesions: list[dict]) -> str:
+    noun = _NOUNS[name] if len(lesions) == 1 else _PLURALS[name]
+    place = _place(name, lesions) if name in PLACES else None
+    return f"{noun} in {_the(place)}" if place else noun
+
+
+def _the(place: str) -> str:
+    return place if place.startswith(("both", "pleura of both")) else f"the {place}"
+
+
+def _place(name: str, lesions: list[dict] | None) -> str | None:
+    """The answer to where a finding is; `None` where the question makes no sense or has several answers."""
+    if name in ("nodule", "consolidation"):
+        places = {lesion["place"] for lesion in lesions or ()}
+        return places.pop() if len(places) == 1 else None
+    if lesions is None:
+        return "neither"
+    if name == "effusion":
+        return {"both": "pleura of both sides"}.get(lesions[0]["side"], f"{lesions[0]['side']} pleura")
+    places = {lesion["place"] for lesion in lesions}
+    if name == "liver lesion" and len(places) == 2:
+        return "both lobes of the liver"
+    return places.pop()
+
+
+_VISIBLE_MM2 = {"nodule": 20, "liver lesion": 40, "renal stone": 8}
+_NOUNS = {
+    "nodule": "lung nodule",
+    "effusion": "pleural effusion",
+    "consolidation": "consolidation",
+    "emphysema": "emphysema",
+    "cardiomegaly": "cardiomegaly",
+    "aneurysm": "aortic aneurysm",
+    "liver lesion": "liver lesion",
+    "renal stone": "renal stone",
+    "ascites": "ascites",
+    "fracture": "vertebral fracture",
+}
+_ARTICLES = {
+    "nodule": "a ",
+    "effusion": "a ",
+    "aneurysm": "an ",
+    "liver lesion": "a ",
+    "renal stone": "a ",
+    "fracture": "a ",
+}
+_PLURALS = {"nodule": "lung nodules", "liver lesion": "liver lesions"}
+PLACES = {
+    "nodule": LOBES,
+    "consolidation": LOBES,
+    "effusion": ("left pleura", "right pleura", "pleura of both sides", "neither"),
+    "emphysema": ("upper lobes", "lower lobes", "both lungs", "neither"),
+    "aneurysm": ("thoracic aorta", "abdominal aorta", "aortic arch", "neither"),
+    "liver lesion": (
+        "left lobe of the liver",
+        "right lobe of the liver",
+        "both lobes of the liver",
+        "neither",
+    ),
+    "renal stone": ("left kidney", "right kidney", "both kidneys", "neither"),
+    "fracture": ("thoracic spine", "lumbar spine", "both parts of the spine", "neither"),
+}
+
+# (train and validation, test)
+_PHASE_SENTENCE = (
+    ("The scan is in the {phase} phase.", "{phase} phase."),
+    ("Scan in the {phase} phase.", "The phase is {phase}."),
+)
+_PRESENT = {
+    "nodule": (
+        (
+            "{number} {noun} {of} {size} mm in {place}.",
+            "There {some} in the lung {of} {size} mm in {place}.",
+        ),
+        ("In {place} there {some} {of} {size} mm.",),
+    ),
+    "effusion": (
+        (
+            "{amount} pleural effusion on {side}, extent {extent} mm.",
+            "There is pleural effusion on {side}, {amount} with an extent of {extent} mm.",
+        ),
+        ("On {side} there is pleural effusion, extent of {extent} mm.",),
+    ),
+    "consolidation": (
+        (
+            "Consolidation in {place}, extent {extent} mm.",
+            "There is consolidation in {place} with an extent of {extent} mm.",
+        ),
+        ("In {place} there is consolidation, extent of {extent} mm.",),
+    ),
+    "emphysema": (
+        ("Emphysema in {place}.", "There is emphysema in {place}."),
+        ("In {place} there is emphysema.",),
+    ),
+    "cardiomegaly": (
+        ("Cardiomegaly, the heart measures {size} mm.", "The heart measures {size} mm, cardiomegaly."),
+        ("The heart measures {size} mm, there is cardiomegaly.",),
+    ),
+    "aneurysm": (
+        (
+            "Aortic aneurysm of {size} mm in {place}, extent {extent} mm.",
+            "There is an aortic aneurysm in {place}, it measures {size} mm with an extent of {extent} mm.",
+        ),
+        ("In {place} there is an aortic aneurysm of {size} mm, extent of {extent} mm.",),
+    ),
+    "liver lesion": (
+        (
+            "{number} {noun} {of} {size} mm in {place}.",
+            "There {some} {of} {size} mm in {place}.",
+        ),
+        ("In {place} there {some} {of} {size} mm.",),
+    ),
+    "renal stone": (
+        ("Renal stone of {size} mm in {place}.", "There is a renal stone in {place}, it measures {size} mm."),
+        ("In {place} there is a renal stone of {size} mm.",),
+    ),
+    "ascites": (("{amount} ascites.", "There is ascites, {amount}."), ("There is {amount} ascites.",)),
+    "fracture": (
+        (
+            "Vertebral fracture in {place} with {loss} % height loss.",
+            "There is a vertebral fracture in {place}, height loss {loss} %.",
+        ),
+        ("In {place} there is a vertebral fracture, {loss} % height loss.",),
+    ),
+}
+_ABSENT = (
+    ("No {finding}.", "There is no {finding}."),
+    ("The scan shows no {finding}.",),
+)
+_NORMAL = (("No abnormality.",), ("There is no abnormality.",))
+_QUESTIONS = {
+    "phase": (
+        ("What is the phase of the scan?", "In which phase is the scan?", "Which phase does the scan show?"),
+        ("Which is the phase of the scan?", "What phase does the scan show?"),
+    ),
+    "organ": (
+        ("Which organ is abnormal?", "Which of the organs is abnormal?", "What organ shows an abnormality?"),
+        ("Which organ shows an abnormality?", "What is the abnormal organ?"),
+    ),
+    "abnormality": (
+        ("Which abnormality is there?", "What abnormality does the scan show?", "What is abnormal in the scan?"),
+        ("Which abnormality does the scan show?", "What abnormality is in the scan?"),
+    ),
+    "presence": (
+        ("Is there {finding}?", "Does the scan show {finding}?", "Is there {finding} in the scan?"),
+        ("Does {finding} show in the scan?", "Is {finding} in the scan?"),
+    ),
+    "where": (
+        ("Where is the {finding}?", "In which place is the {finding}?", "Which place does the {finding} lie in?"),
+        ("In which place does the {finding} lie?", "Where does the {finding} lie?"),
+    ),
+    "size": (
+        ("How large is the largest {finding}?", "What is the size of the largest {finding}?"),
+        ("What size is the largest {finding}?",),
+    ),
+    "extent": (
+        (
+            "What is the extent of the {finding} along the body?",
+            "How long is the {finding} along the body?",
+            "What is the extent from head to feet of the {finding}?",
+        ),
+        ("How long is the {finding} from head to feet?", "What is the extent along the body of the {finding}?"),
+    ),
+    "count": (
+        (
+            "How many {finding} are there?",
+            "What is the number of {finding}?",
+            "How many {finding} does the scan show?",
+        ),
+        ("How many {finding} are in the scan?", "Which is the number of {finding}?"),
+    ),
+    "level": (
+        ("At which level of the scan is the {finding}?", "Which level of the scan shows the {finding}?"),
+        ("At what level of the scan does the {finding} lie?", "Which is the level of the {finding} in the scan?"),
+    ),
+    "growth": (
+        ("Where does the {finding} widen?", "In which direction does the {finding} widen?"),
+        ("Which is the direction in which the {finding} does widen?", "What direction does the {finding} widen in?"),
+    ),
+    "plane": (
+        ("What is the plane of the slices?", "In which plane are the slices?"),
+        ("Which is the plane of the slices?", "In what plane are the slices?"),
+    ),
+}
