@@ -1,4 +1,4 @@
-# make demo      a report from a CT scan in a few minutes: SCAN=path, else a synthetic scan
+# make demo      the demo model reads a phantom, with the truth beside it; SCAN=path for a scan of yours
 # make test      linters and the fast tests
 # make test-all  the same and the slow part: clean environments, several processes, the library's own tests, fuzz
 # Each sets up everything in .venv first; Python 3.11 or newer is all it needs.

@@ -117,11 +117,6 @@ class Question:
     completion: str
     prompt: str
 
-    @property
-    def told(self) -> bool:
-        """Whether a report answers it."""
-        return self.template.split(" ")[0] not in ("growth", "level") and not self.template.startswith("count")
-
 
 def questions(labels: dict, rng: np.random.Generator, split: str = "train") -> list[Question]:
     """Every question that the scan can answer, closed and open, before answers are balanced."""

@@ -17,10 +17,9 @@
     python examples/phantom/pretrain_base.py --data phantoms --out phantom-base
 
 The base is a LLaVA (CLIP tower, MLP projector, Llama) in the library's own format, made as real ones are: the tower
-learns to tell which findings, organs and phase the caption of a slice names; the language model learns to answer
-questions about texts that are there to read; then all of it learns to caption and to answer from slices. It never sees
-two slices of one scan together. Cut off, the same command goes on after the last finished part.
-`--tower-steps 0 --text-steps 0 --steps 0` writes the untrained network.
+learns to tell which findings, organs and phase the caption of a slice names; then all of it learns to caption and to
+answer from slices. It never sees two slices of one scan together. Cut off, the same command goes on with the tower it
+has. `--tower-steps 0 --steps 0` writes the untrained network.
 """
 
 import argparse
@@ -46,8 +45,6 @@ from ct_moe.hub.tiny_base import build_tiny_base
 from ct_moe.trainers.phantom_anatomy import FINDINGS, PHASES
 from ct_moe.trainers.phantom_texts import (
     SIDED,
-    questions,
-    report_text,
     slice_findings,
     slice_organs,
     slice_texts,
@@ -79,9 +76,8 @@ def main() -> None:
     parser.add_argument("--data", required=True, type=Path, help="folder written by ct-moe phantom")
     parser.add_argument("--out", required=True, type=Path, help="new folder for the base")
     parser.add_argument("--scans", type=int, default=None, help="use the slices of so many training scans")
-    parser.add_argument("--tower-steps", type=int, default=1500, help="of the tower alone, 64 slices each")
-    parser.add_argument("--text-steps", type=int, default=1500, help="of the language model alone, 24 texts each")
-    parser.add_argument("--steps", type=int, default=1500, help="of the whole base, 32 slices each")
+    parser.add_argument("--tower-steps", type=int, default=1800, help="of the tower alone, 64 slices each")
+    parser.add_argument("--steps", type=int, default=1400, help="of the whole base, 32 slices each")
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
@@ -107,12 +103,8 @@ def pretrain(args: argparse.Namespace) -> None:
         with kept(model.model.vision_tower, work / "tower.safetensors") as missing:
             if missing:
                 pretrain_tower(model.model.vision_tower, dataset, args.tower_steps, args.lr)
-    if args.text_steps:
-        with kept(model, work / "text.safetensors") as missing:
-            if missing:
-                train(model, Texts(dataset), work, args, args.text_steps, batch=24)
     if args.steps:
-        train(model, dataset, work, args, args.steps, batch=32, rates={"vision_tower": 0.2})
+        train(model, dataset, work, args)
     with new_folder(args.out) as folder:
         shutil.copytree(work / "base", folder, dirs_exist_ok=True)
         model.save_pretrained(folder)
@@ -131,12 +123,12 @@ def kept(module: torch.nn.Module, file: Path) -> Iterator[bool]:
     file.with_suffix(".part").replace(file)
 
 
-def train(model, dataset, work: Path, args, steps: int, batch: int, rates: dict[str, float] | None = None) -> None:
-    """One part with the library's Trainer; `rates` are factors of the learning rate by part of a parameter's name."""
+def train(model: LlavaForConditionalGeneration, dataset: "SliceTexts", work: Path, args: argparse.Namespace) -> None:
+    """The whole base with the library's Trainer, its tower at a fifth of the learning rate."""
     arguments = TrainingArguments(
         output_dir=str(work),
-        max_steps=steps,
-        per_device_train_batch_size=batch,
+        max_steps=args.steps,
+        per_device_train_batch_size=32,
         learning_rate=args.lr,
         lr_scheduler_type="cosine",
         warmup_steps=0.05,
@@ -150,13 +142,9 @@ def train(model, dataset, work: Path, args, steps: int, batch: int, rates: dict[
         remove_unused_columns=False,
         seed=args.seed,
     )
-    groups: dict[float, list] = {}
-    for name, parameter in model.named_parameters():
-        factor = next((factor for part, factor in (rates or {}).items() if part in name), 1.0)
-        groups.setdefault(factor, []).append(parameter)
-    optimizer = torch.optim.AdamW(
-        [{"params": group, "lr": args.lr * factor} for factor, group in groups.items()], weight_decay=0.05
-    )
+    tower = list(model.model.vision_tower.parameters())
+    rest = [parameter for name, parameter in model.named_parameters() if "vision_tower" not in name]
+    optimizer = torch.optim.AdamW([{"params": rest}, {"params": tower, "lr": args.lr / 5}], args.lr, weight_decay=0.05)
     BalancedTrainer(
         model, arguments, train_dataset=dataset, data_collator=dataset.collate, optimizers=(optimizer, None)
     ).train()
@@ -274,7 +262,7 @@ class SliceTexts(Dataset):
         for item in items:
             ids, labels = [], []
             for turn, (prompt, answer) in enumerate(item["conversation"]):
-                image = "<image>" * tokens + "\n" if turn == 0 and "pixel_values" in item else ""
+                image = "<image>" * tokens + "\n" if turn == 0 else ""
                 asked = tokenizer(f"<|user|>\n{image}{prompt}<|end|>\n<|assistant|>\n")["input_ids"]
                 said = tokenizer(f"{answer}<|end|>")["input_ids"]
                 gap = tokenizer("\n")["input_ids"]
@@ -283,42 +271,12 @@ class SliceTexts(Dataset):
             encoded.append((ids, labels))
         length = max(len(ids) for ids, _ in encoded)
         pad = tokenizer.pad_token_id
-        images = [item["pixel_values"] for item in items if "pixel_values" in item]
         return {
-            **({"pixel_values": torch.stack(images).float()} if images else {}),
+            "pixel_values": torch.stack([item["pixel_values"] for item in items]).float(),
             "input_ids": torch.tensor([ids + [pad] * (length - len(ids)) for ids, _ in encoded]),
             "attention_mask": torch.tensor([[1] * len(ids) + [0] * (length - len(ids)) for ids, _ in encoded]),
             "labels": torch.tensor([labels + [-100] * (length - len(labels)) for _, labels in encoded]),
         }
-
-
-class Texts(Dataset):
-    """Captions and reports to read, with questions whose answers are in them: no image."""
-
-    def __init__(self, slices: SliceTexts):
-        self.slices = slices
-
-    def __len__(self) -> int:
-        return len(self.slices)
-
-    def sampler(self, num_samples: int):
-        return self.slices.sampler(num_samples)
-
-    def __getitem__(self, index: int) -> dict:
-        rng = np.random.default_rng(torch.randint(2**31, ()).item())
-        if rng.random() < 0.5:
-            (_, caption), *pairs = slice_texts(*self.slices.slab(index), rng)
-            text = caption
-        else:
-            labels = self.slices.slab(index)[0]
-            text = report_text(labels, rng)
-            pairs = [(question.prompt, question.completion) for question in questions(labels, rng) if question.told]
-        rng.shuffle(pairs)
-        (first, answer), *rest = pairs[:5]
-        return {"conversation": [(f"{text}\n{first}", answer), *rest]}
-
-    def collate(self, items: list[dict]) -> dict[str, torch.Tensor]:
-        return self.slices.collate(items)
 
 
 def image_processor(vision: dict) -> CTMoEImageProcessor:

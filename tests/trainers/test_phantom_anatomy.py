@@ -18,7 +18,9 @@ import json
 
 import numpy as np
 import pytest
-from drawn_phantom import drawn_phantom
+from drawn_phantom import coarse, drawn_phantom
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from ct_moe.trainers import phantom_anatomy
 from ct_moe.trainers.phantom_anatomy import FINDINGS, HELD_OUT, LOBES, PHASES, draw_phantom
@@ -325,3 +327,74 @@ def test_every_liver_lesion_shows():
         for lesion in only(drawn):
             volume = sum(lesion.slice_areas) * drawn.phantom.spacing[0]
             assert volume > 0.5 * np.pi / 6 * lesion.size_mm**3
+
+
+@settings(max_examples=25, deadline=None)
+@given(
+    seed=st.integers(0, 2**31),
+    split=st.sampled_from(("train", "validation", "test")),
+    names=st.sets(st.sampled_from(FINDINGS)),
+)
+def test_what_was_asked_for_is_drawn_and_nothing_else(seed, split, names):
+    with pytest.MonkeyPatch.context() as patch:
+        coarse(patch)
+        phantom = draw_phantom(seed, split, tuple(sorted(names)))
+    assert [finding.name for finding in phantom.findings] == [name for name in FINDINGS if name in names]
+    depth = phantom.hu.shape[0]
+    assert {len(areas) for areas in phantom.organ_areas.values()} == {depth}
+    for finding in phantom.findings:
+        for lesion in finding.lesions:
+            inside = np.flatnonzero(lesion.slice_areas)
+            assert len(lesion.slice_areas) == depth
+            assert lesion.num_slices == len(inside) > 0
+            assert lesion.extent_mm == pytest.approx(len(inside) * phantom.spacing[0])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("split", "low", "high"), [("train", 0, 0), ("validation", 0, 0), ("test", 0.4, 0.75)])
+def test_labels_of_drawn_scans_hold_out_combinations(split, low, high, monkeypatch):
+    coarse(monkeypatch)
+    phantoms = [draw_phantom(seed, split) for seed in range(60)]
+    met = [holds({f.name: f.lesions for f in phantom.findings}, phantom.phase) for phantom in phantoms]
+    assert low <= np.mean(met) <= high
+
+
+@pytest.mark.parametrize(
+    "organ",
+    [
+        "lungs",
+        "kidneys",
+        pytest.param(
+            "liver", marks=pytest.mark.xfail(strict=True, reason="the part that both lobes share counts twice")
+        ),
+    ],
+)
+def test_areas_of_organs_are_those_of_their_voxels(organ):
+    drawn = drawn_phantom(5, ())
+    scene, painted = drawn.scene, np.zeros(drawn.clean.shape, dtype=bool)
+    shapes = {
+        "lungs": lambda: scene.lungs.values(),
+        "kidneys": lambda: [scene.ellipsoid(centre, (54, 27, 27)) for centre in scene.kidneys.values()],
+        "liver": lambda: [scene.ellipsoid(*lobe) for lobe in scene.liver_lobes.values()],
+    }[organ]()
+    for box, mask in shapes:
+        painted[box] |= mask & scene._inside_cavity(box) if organ == "liver" else mask
+    assert np.allclose(drawn.areas(painted), drawn.phantom.organ_areas[organ], atol=0.2)
+
+
+@pytest.mark.xfail(strict=True, reason="decided by what was planned; a lesion without room is dropped later")
+def test_held_out_is_decided_by_what_was_drawn(monkeypatch):
+    coarse(monkeypatch)
+    phantom = draw_phantom(72, "test")  # its lesion of the left lobe of the liver found no room
+    assert phantom.held_out == holds({f.name: f.lesions for f in phantom.findings}, phantom.phase)
+
+
+@pytest.mark.xfail(strict=True, reason="the narrow end is no wider than the aorta beside it, and counts")
+def test_the_extent_of_an_aneurysm_shows(monkeypatch):
+    coarse(monkeypatch)
+    for seed in range(12):
+        drawn = drawn_phantom(seed, ("aneurysm",))
+        (lesion,) = only(drawn)
+        wider = np.array(lesion.slice_areas) > 1.1 * np.pi * drawn.scene.aorta_radius**2
+        shown = wider.sum() * drawn.phantom.spacing[0]
+        assert shown == pytest.approx(lesion.extent_mm, abs=2 * drawn.phantom.spacing[0]), (seed, lesion.growth)

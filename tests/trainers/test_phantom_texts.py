@@ -126,10 +126,9 @@ def texts(scans, asked, split) -> list[str]:
 def test_no_word_of_the_test_split_is_new(scans, asked):
     trained = set().union(*map(words, texts(scans, asked, "train")))
     tested = set().union(*map(words, texts(scans, asked, "test")))
-    # "Which extent along the body is that of ...?": one word of one question has slipped through.
-    assert {word.lower() for word in tested} - {word.lower() for word in trained} <= {"that"}
+    assert {word.lower() for word in tested} <= {word.lower() for word in trained}
     # Written otherwise than in training: to a tokenizer another word, so let there be no more of them.
-    assert tested - trained <= {"On", "Scan", "what", "that"}
+    assert tested - trained <= {"On", "Scan", "what"}
 
 
 def test_no_sentence_of_the_test_split_was_trained(scans, asked):
@@ -430,3 +429,14 @@ def test_slice_texts_say_what_lies_in_the_slab(scans, split):
                 asked = next(name for name in FINDINGS if NOUNS.get(name, name) in prompt)
                 assert completion.startswith("Yes, " if asked in seen else "No, ")
     assert said_something > 50
+
+
+@pytest.mark.xfail(
+    strict=True, reason="four nodules have hardly ever room, and balance to the rarest starves the rest"
+)
+def test_numbers_of_nodules_are_asked_for_as_often_as_scans_allow(scans, asked):
+    chosen = balanced(asked["train"], closed=8, opened=6, rng=np.random.default_rng(0))
+    counts = Counter(question.answer for pool in chosen for question in pool if question.template == "count nodule")
+    with_nodules = sum("nodule" in lesions_of(labels) for labels in scans["train"])
+    assert set(counts) == set(NUMBERS[1:])
+    assert sum(counts.values()) > with_nodules / 3

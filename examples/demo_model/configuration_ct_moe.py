@@ -1,0 +1,1 @@
+../../modeling_ct_moe/configuration_ct_moe.py

@@ -1,0 +1,1 @@
+../../modeling_ct_moe/image_processing_ct_moe.py

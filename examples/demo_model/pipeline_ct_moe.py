@@ -1,0 +1,1 @@
+../../modeling_ct_moe/pipeline_ct_moe.py

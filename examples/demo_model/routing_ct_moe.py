@@ -1,0 +1,1 @@
+../../modeling_ct_moe/routing_ct_moe.py

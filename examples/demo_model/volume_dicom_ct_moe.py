@@ -1,0 +1,1 @@
+../../modeling_ct_moe/volume_dicom_ct_moe.py

@@ -1,0 +1,1 @@
+../../modeling_ct_moe/volume_download_ct_moe.py

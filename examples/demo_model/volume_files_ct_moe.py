@@ -1,0 +1,1 @@
+../../modeling_ct_moe/volume_files_ct_moe.py

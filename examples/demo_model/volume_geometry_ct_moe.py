@@ -1,0 +1,1 @@
+../../modeling_ct_moe/volume_geometry_ct_moe.py

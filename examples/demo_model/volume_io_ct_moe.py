@@ -1,0 +1,1 @@
+../../modeling_ct_moe/volume_io_ct_moe.py

@@ -1,0 +1,1 @@
+../../modeling_ct_moe/volume_metaimage_ct_moe.py
