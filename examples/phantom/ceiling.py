@@ -60,13 +60,14 @@ def run(data: Path, model: str, epochs: int) -> dict:
     cache = VolumeCache(data / "slices", CTMoEProcessor.from_pretrained(model).image_processor)
     scans, targets = read(data, "train", cache)
     network = Classifier()
-    steps = epochs * (len(scans) // 16)
+    batches = max(1, len(scans) // 16)
+    steps = epochs * batches
     optimizer = torch.optim.AdamW(network.parameters(), lr=2e-3, weight_decay=0.02)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, 2e-3, total_steps=steps)
     for step in tqdm(range(steps), desc="ceiling"):
-        if step % (len(scans) // 16) == 0:
+        if step % batches == 0:
             order = torch.randperm(len(scans))
-        batch = order[step % (len(scans) // 16) * 16 :][:16]
+        batch = order[step % batches * 16 :][:16]
         with torch.autocast("cpu", torch.bfloat16):
             scores = network([scans[i] for i in batch])
         loss = nn.functional.binary_cross_entropy_with_logits(scores.float(), targets[batch])
