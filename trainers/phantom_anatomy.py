@@ -38,6 +38,7 @@ FINDINGS = (
     "ascites",
     "fracture",
 )
+SPLITS = ("train", "validation", "test")
 PHASES = ("non-contrast", "arterial", "portal venous", "delayed")
 LOBES = ("right upper lobe", "right middle lobe", "right lower lobe", "left upper lobe", "left lower lobe")
 GROWTHS = ("head", "feet", "middle", "constant")  # where a lesion is widest along z; the last: as wide everywhere
@@ -146,11 +147,11 @@ def draw_phantom(seed: int, split: str = "train", findings: tuple[str, ...] | No
     Returns:
         [`Phantom`].
     """
-    if split not in _SPLITS:
-        raise ValueError(f"split={split!r}: use one of {', '.join(_SPLITS)}")
+    if split not in SPLITS:
+        raise ValueError(f"split={split!r}: use one of {', '.join(SPLITS)}")
     if unknown := set(findings or ()) - set(FINDINGS):
         raise ValueError(f"findings={sorted(unknown)}: use names of {', '.join(FINDINGS)}")
-    rng = np.random.default_rng([_SPLITS.index(split), seed])
+    rng = np.random.default_rng([SPLITS.index(split), seed])
     plan = _plan(rng, split, findings)
     scene = _Scene(rng, plan)
     scene.draw_anatomy()
@@ -158,9 +159,6 @@ def draw_phantom(seed: int, split: str = "train", findings: tuple[str, ...] | No
         if name in plan["lesions"]:
             getattr(scene, f"draw_{name.replace(' ', '_')}")(plan["lesions"][name])
     return scene.finish()
-
-
-_SPLITS = ("train", "validation", "test")
 
 
 def _plan(rng: np.random.Generator, split: str, wanted: tuple[str, ...] | None) -> dict:
@@ -191,7 +189,7 @@ def _plan(rng: np.random.Generator, split: str, wanted: tuple[str, ...] | None) 
             drawn = _lesions(rng, name)
             if combination and name == combination[0]:
                 drawn = drawn[:1]
-                drawn[0] = _with_attribute(rng, name, drawn[0], combination[1], combination[2])
+                drawn[0] = _with_attribute(name, drawn[0], combination[1], combination[2])
             met = any(_matches(name, lesion, phase) for lesion in drawn)
             if met == bool(combination and name == combination[0]):
                 break
@@ -206,7 +204,8 @@ def _matches(name: str, lesion: Lesion, phase: str) -> bool:
     return any(name == n and phase == p and getattr(lesion, a) == v for n, a, v, p in HELD_OUT)
 
 
-def _with_attribute(rng, name, lesion, attribute, value):
+def _with_attribute(name: str, lesion: Lesion, attribute: str, value: str) -> Lesion:
+    """The lesion with one attribute of a held-out combination, and with what goes with it."""
     setattr(lesion, attribute, value)
     if attribute == "place" and name in ("nodule", "consolidation"):
         lesion.side = value.split()[0]
@@ -461,11 +460,10 @@ class _Scene:
         mask &= self._inside_cavity(box)
         self.heart = box, mask
         self._organ("heart", [self.heart], self.chamber)
-        for centre, radii in (((38, -0.4 * depth, 0.3 * width), (30, 20, 26)),):
-            self.paint(self.ellipsoid(centre, [r * scale for r in radii]), self.chamber + 12)
+        ventricle = (38, -0.4 * depth, 0.3 * width), (30 * scale, 20 * scale, 26 * scale)
+        self.paint(self.ellipsoid(*ventricle), self.chamber + 12)
         arch = 120 + rng.uniform(-6, 6)
-        descending = (self.aorta_y, 18.0)
-        self.aorta = descending
+        self.aorta = descending = depth - 46, 18.0
         r = self.aorta_radius
         self.paint(self.ellipsoid((arch - 45, -0.1 * depth, 0), (70, 26, 30)), _MUSCLE)  # vessels and fat around it
         self._tube(np.array([45, -14, -8]), np.array([arch, -16, -12]), r + 2, self.blood)
@@ -476,10 +474,6 @@ class _Scene:
         self._tube(np.array([95, 6, 0]), np.array([320, 2, 0]), 9, _AIR)  # trachea
         for sign in _SIGNS.values():
             self._tube(np.array([95, 6, 0]), np.array([68, 10, sign * 34]), 6, _AIR)
-
-    @property
-    def aorta_y(self) -> float:
-        return self.inner[0] - 46
 
     def _draw_aorta(self, radii: np.ndarray, top: float) -> np.ndarray:
         """Descending aorta of this radius in every slice; returns its mask's areas."""

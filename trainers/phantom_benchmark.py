@@ -115,8 +115,9 @@ def evaluate_phantoms(
         except FileNotFoundError:
             raise DataError(str(data), "has no train.jsonl", "Copy it too: the usual answers come from it") from None
         answers = answer(closed)
-        right = _right(closed, answers)
-        result["closed"] = _closed_scores(closed, answers, right)
+        scores = score_closed(closed, [said.text for said in answers])
+        right = np.array([float(score["strict"]) for score in scores])
+        result["closed"] = _closed_scores(closed, scores, right)
         keep(closed, answers, right.astype(bool).tolist())
         scans_of = [row["images"] for row in closed]
         result["majority"] = {"accuracy": float(majority.mean()), "kinds": _by(closed, majority, "kind")}
@@ -132,7 +133,8 @@ def evaluate_phantoms(
             if name == "flipped":
                 result["controls"][name] = _flipped(closed, right, answer)
                 continue
-            control = _right(closed, answer(closed, change=changes[name]))
+            texts = [said.text for said in answer(closed, change=changes[name])]
+            control = np.array([float(score["strict"]) for score in score_closed(closed, texts)])
             result["controls"][name] = {
                 "accuracy": float(control.mean()),
                 "interval": bootstrap_interval(control, scans_of),
@@ -205,9 +207,8 @@ def format_scores(result: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _closed_scores(rows: Sequence[dict], answers: Sequence[Answer], right: np.ndarray) -> dict[str, Any]:
+def _closed_scores(rows: Sequence[dict], scores: Sequence[dict], right: np.ndarray) -> dict[str, Any]:
     kinds = _by(rows, right, "kind")
-    scores = score_closed(rows, [said.text for said in answers])
     return {
         "accuracy": float(right.mean()),
         "interval": bootstrap_interval(right, [row["images"] for row in rows]),
@@ -224,20 +225,15 @@ def _closed_scores(rows: Sequence[dict], answers: Sequence[Answer], right: np.nd
 def _flipped(rows: Sequence[dict], right: np.ndarray, answer) -> dict[str, Any]:
     """Of the sides told rightly, the share that changes with the scan."""
     sided = [
-        {**row, "mirrored": mirrored}
+        (row, mirrored)
         for row, is_right in zip(rows, right)
-        if is_right and (mirrored := flipped_answer(row["answer"])) in row["choices"] and mirrored is not None
+        if is_right and (mirrored := flipped_answer(row["answer"])) in row["choices"]
     ]
     if not sided:
         return {"follows": None, "n": 0}
-    texts = [said.text for said in answer(sided, change=flipped)]
-    wanted = [{**row, "answer": row["mirrored"]} for row in sided]
-    follows = [score["strict"] for score in score_closed(wanted, texts)]
+    texts = [said.text for said in answer([row for row, _ in sided], change=flipped)]
+    follows = [score["strict"] for score in score_closed([{**row, "answer": m} for row, m in sided], texts)]
     return {"follows": float(np.mean(follows)), "n": len(sided)}
-
-
-def _right(rows: Sequence[dict], answers: Sequence[Answer]) -> np.ndarray:
-    return np.array([float(score["strict"]) for score in score_closed(rows, [said.text for said in answers])])
 
 
 def _by(rows: Sequence[dict], values: np.ndarray, column: str) -> dict[str, float]:

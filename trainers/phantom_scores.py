@@ -27,7 +27,7 @@ from .phantom_anatomy import FINDINGS, PHASES
 from .phantom_texts import NUMBERS, PLACES, SIDED
 
 
-# A number is right within this many millimetres: half a slab of the demo model on either side.
+# A number is right within this many mm. Extents cannot be told more finely than the slabs (18 mm in the demo model).
 TOLERANCE_MM = {"size": 4, "extent": 20}
 
 
@@ -149,7 +149,7 @@ def score_reports(labels: Sequence[dict], texts: Sequence[str]) -> dict:
         per_finding[name] = {
             "precision": hits / said_count if said_count else 0.0,
             "recall": hits / support if support else 0.0,
-            "f1": _f1(hits, said_count, support),
+            "f1": f1_score(hits, said_count, support),
             "support": support,
         }
     sides, places, sizes = [], [], []
@@ -164,7 +164,7 @@ def score_reports(labels: Sequence[dict], texts: Sequence[str]) -> dict:
                 sizes.append(abs(said[name].size_mm - lesion["size_mm"]))
     return {
         "macro_f1": float(np.mean([scores["f1"] for scores in per_finding.values()])),
-        "micro_f1": _f1(*totals),
+        "micro_f1": f1_score(*totals),
         "per_finding": per_finding,
         "side_errors": float(np.mean(sides)) if sides else None,
         "sides": len(sides),
@@ -173,6 +173,11 @@ def score_reports(labels: Sequence[dict], texts: Sequence[str]) -> dict:
         "size_error_mm": float(np.mean(sizes)) if sizes else None,
         "sizes": len(sizes),
     }
+
+
+def f1_score(hits: float, said: float, support: float) -> float:
+    """From numbers: rightly said, said, and true; 0 where there is nothing to say and nothing said."""
+    return 2 * float(hits) / float(said + support) if said + support else 0.0
 
 
 _NOUNS = {
@@ -213,7 +218,3 @@ def _fill(finding: ParsedFinding, name: str, text: str) -> None:
         finding.place = place[0]
     if finding.side is None and side and name in SIDED:
         finding.side = side[1]
-
-
-def _f1(hits: float, said: float, support: float) -> float:
-    return 2 * float(hits) / float(said + support) if said + support else 0.0

@@ -33,12 +33,9 @@ from tqdm.auto import tqdm
 from ct_moe import DataError
 from ct_moe.hub.folder import new_folder
 
-from .phantom_anatomy import draw_phantom
+from .phantom_anatomy import SPLITS, draw_phantom
 from .phantom_files import ORIENTATIONS, plane_of, write_dicom, write_nifti
-from .phantom_texts import balanced, plane_rows, questions, scan_rows
-
-
-SPLITS = ("train", "validation", "test")
+from .phantom_texts import balanced, plane_row, questions, scan_rows
 
 
 def write_phantoms(
@@ -124,9 +121,8 @@ def _write_rows(out: Path, split: str, scans: list[tuple[str, dict]], seed: int)
         for row in scan_rows(f"{split}/scans/{name}", labels, taken, rng, split)
     ]
     _write_lines(out / f"{split}_labels.jsonl", ({"images": f"{split}/scans/{n}", **labels} for n, labels in scans))
-    planes = [row for name, labels in scans for row in plane_rows(f"{split}/scans/{name}", labels, rng, split)]
-    if planes:
-        _write_lines(out / f"{split}_plane.jsonl", planes)
+    planes = [plane_row(f"{split}/scans/{name}", labels, rng, split) for name, labels in scans]
+    _write_lines(out / f"{split}_plane.jsonl", planes)
     _write_lines(out / f"{split}.jsonl", rows)
     return len(rows)
 

@@ -85,12 +85,9 @@ def report_text(labels: dict, rng: np.random.Generator, split: str = "train") ->
     for organs in (("nodule", "consolidation", "emphysema", "effusion"), ("cardiomegaly", "aneurysm"), FINDINGS[6:]):
         missing = [name for name in organs if name in absent]
         if missing:
-            nouns = [_NOUNS[name] for name in missing]
-            listed = ", ".join(nouns[:-1]) + " or " + nouns[-1] if len(nouns) > 1 else nouns[0]
-            sentences.append(say(_ABSENT, finding=listed))
+            sentences.append(say(_ABSENT, finding=_listed([_NOUNS[name] for name in missing], "or")))
     if found:
-        impression = [_with_place(name, found[name]) for name in FINDINGS if name in found]
-        listed = ", ".join(impression[:-1]) + " and " + impression[-1] if len(impression) > 1 else impression[0]
+        listed = _listed([_with_place(name, found[name]) for name in FINDINGS if name in found], "and")
         impression = listed[0].upper() + listed[1:] + "."
     else:
         impression = say(_NORMAL)
@@ -106,7 +103,7 @@ class Question:
         template: what is asked, whatever the wording, such as "count nodule": answers are balanced in each.
         answer: what is right, as in `choices`.
         choices: four answers, or `None` for an open question.
-        completion: open questions: the whole answer.
+        completion: the whole answer.
         prompt: the wording.
     """
 
@@ -124,13 +121,10 @@ def questions(labels: dict, rng: np.random.Generator, split: str = "train") -> l
     asked: list[Question] = []
 
     def ask(kind, template, answer, choices, **values):
-        wordings = _QUESTIONS[template.split(" ")[0]][split == "test"]
-        prompt = str(rng.choice(wordings)).format(**values)
-        asked.append(Question(kind, template, answer, list(choices), "", prompt))
+        asked.append(Question(kind, template, answer, list(choices), "", _ask(template, rng, split, **values)))
 
     def ask_open(kind, template, answer, completion, **values):
-        wordings = _QUESTIONS[template.split(" ")[0]][split == "test"]
-        prompt = str(rng.choice(wordings)).format(**values)
+        prompt = _ask(template, rng, split, **values)
         asked.append(Question(kind, f"open {template}", answer, None, completion, prompt))
 
     ask("phase", "phase", labels["phase"], PHASES)
@@ -169,17 +163,23 @@ def questions(labels: dict, rng: np.random.Generator, split: str = "train") -> l
     _ask_between_slices(labels, found, ask, ask_open)
     for question in asked:
         if question.choices is not None:
-            rng.shuffle(question.choices)
-            letter = "ABCD"[question.choices.index(question.answer)]
-            listed = " ".join(f"{label}. {choice}" for label, choice in zip("ABCD", question.choices))
-            question.prompt = f"{question.prompt} Choices: {listed}"
-            question.completion = closed_answer(question.answer, letter)
+            question.prompt, question.completion = _closed(question.prompt, question.answer, question.choices, rng)
     return asked
 
 
-def closed_answer(answer: str, letter: str) -> str:
-    """The choice, then its letter: a small model has to know the answer before it can look for its letter."""
-    return f"{answer}, {letter}."
+def _ask(template: str, rng: np.random.Generator, split: str, **values) -> str:
+    """One wording of the question; the first word of a template says which question it is."""
+    return str(rng.choice(_QUESTIONS[template.split(" ")[0]][split == "test"])).format(**values)
+
+
+def _closed(prompt: str, answer: str, choices: list[str], rng: np.random.Generator) -> tuple[str, str]:
+    """Question and answer with the choices, which are shuffled in place.
+
+    The answer tells the choice and then its letter: a small model has to know it before it can look for its letter.
+    """
+    rng.shuffle(choices)
+    listed = " ".join(f"{letter}. {choice}" for letter, choice in zip("ABCD", choices))
+    return f"{prompt} Choices: {listed}", f"{answer}, {'ABCD'[choices.index(answer)]}."
 
 
 def _ask_between_slices(labels: dict, found: dict, ask, ask_open) -> None:
@@ -313,27 +313,21 @@ def scan_rows(path: str, labels: dict, chosen: list[Question], rng: np.random.Ge
     return rows
 
 
-def plane_rows(path: str, labels: dict, rng: np.random.Generator, split: str) -> list[dict]:
+def plane_row(path: str, labels: dict, rng: np.random.Generator, split: str) -> dict:
     """The question for the plane in which a scan is stored: closed, about slices as they lie in the file."""
-    if "plane" not in labels:
-        return []
     choices = list(PLANES)
-    rng.shuffle(choices)
-    listed = " ".join(f"{label}. {choice}" for label, choice in zip("ABCD", choices))
-    question = str(rng.choice(_QUESTIONS["plane"][split == "test"]))
-    return [
-        {
-            "images": path,
-            "split": split,
-            "prompt": f"{question} Choices: {listed}",
-            "completion": closed_answer(labels["plane"], "ABCD"[choices.index(labels["plane"])]),
-            "task": "vqa_closed",
-            "kind": "plane",
-            "template": "plane",
-            "answer": labels["plane"],
-            "choices": choices,
-        }
-    ]
+    prompt, completion = _closed(_ask("plane", rng, split), labels["plane"], choices, rng)
+    return {
+        "images": path,
+        "split": split,
+        "prompt": prompt,
+        "completion": completion,
+        "task": "vqa_closed",
+        "kind": "plane",
+        "template": "plane",
+        "answer": labels["plane"],
+        "choices": choices,
+    }
 
 
 # Single slices, for the 2D base ------------------------------------------------------------------------------------
@@ -358,14 +352,10 @@ def slice_texts(labels: dict, low: float, high: float, rng: np.random.Generator,
     pairs = [("Describe the slice.", caption)]
 
     def closed(prompt: str, answer: str, wrong: list[str]) -> None:
-        choices = [answer, *wrong[:3]]
-        rng.shuffle(choices)
-        listed = " ".join(f"{label}. {choice}" for label, choice in zip("ABCD", choices))
-        completion = closed_answer(answer, "ABCD"[choices.index(answer)])
-        pairs.append((f"{prompt} Choices: {listed}", completion))
+        pairs.append(_closed(prompt, answer, [answer, *wrong[:3]], rng))
 
     def word(template: str, **values) -> str:
-        return str(rng.choice(_QUESTIONS[template][split == "test"])).format(**values)
+        return _ask(template, rng, split, **values)
 
     closed(word("phase"), labels["phase"], [phase for phase in PHASES if phase != labels["phase"]])
     absent = [name for name in FINDINGS if name not in sides]
@@ -437,6 +427,10 @@ def _with_place(name: str, lesions: list[dict]) -> str:
     noun = _NOUNS[name] if len(lesions) == 1 else _PLURALS[name]
     place = _place(name, lesions) if name in PLACES else None
     return f"{noun} in {_the(place)}" if place else noun
+
+
+def _listed(words: list[str], last: str) -> str:
+    return f"{', '.join(words[:-1])} {last} {words[-1]}" if len(words) > 1 else words[0]
 
 
 def _the(place: str) -> str:

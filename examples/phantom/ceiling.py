@@ -33,6 +33,7 @@ from tqdm.auto import tqdm
 from ct_moe import CTMoEError, CTMoEProcessor
 from ct_moe.trainers.phantom_anatomy import FINDINGS
 from ct_moe.trainers.phantom_benchmark import read_split
+from ct_moe.trainers.phantom_scores import f1_score
 from ct_moe.trainers.volume_cache import VolumeCache
 
 
@@ -78,11 +79,11 @@ def run(data: Path, model: str, epochs: int) -> dict:
     network.eval()
     validation, wanted = predict(network, *read(data, "validation", cache))
     thresholds = [
-        max(np.unique(scores), key=lambda threshold: f1_score(scores >= threshold, truth))
+        max(np.unique(scores), key=lambda threshold: f1_of(scores >= threshold, truth))
         for scores, truth in zip(validation.T, wanted.T)
     ]
     test, wanted = predict(network, *read(data, "test", cache))
-    f1 = {name: f1_score(test[:, i] >= thresholds[i], wanted[:, i]) for i, name in enumerate(FINDINGS)}
+    f1 = {name: f1_of(test[:, i] >= thresholds[i], wanted[:, i]) for i, name in enumerate(FINDINGS)}
     return {"macro_f1": float(np.mean(list(f1.values()))), "f1": f1, "epochs": epochs, "scans": len(scans)}
 
 
@@ -119,9 +120,8 @@ def predict(network: Classifier, scans: list[torch.Tensor], targets: torch.Tenso
     return scores.numpy(), targets.numpy() > 0.5
 
 
-def f1_score(said: np.ndarray, truth: np.ndarray) -> float:
-    total = said.sum() + truth.sum()
-    return float(2 * (said & truth).sum() / total) if total else 0.0
+def f1_of(said: np.ndarray, truth: np.ndarray) -> float:
+    return f1_score((said & truth).sum(), said.sum(), truth.sum())
 
 
 if __name__ == "__main__":

@@ -100,7 +100,9 @@ def pretrain(args: argparse.Namespace) -> None:
     torch.manual_seed(args.seed)
     model.apply(model._init_weights)
     if args.tower_steps:
-        with kept(model.model.vision_tower, work / "tower.safetensors") as missing:
+        # Named after all that it depends on: another run's tower is not taken for this one's.
+        tower = f"tower-{args.tower_steps}-{args.lr}-{args.seed}-{args.scans}.safetensors"
+        with kept(model.model.vision_tower, work / tower) as missing:
             if missing:
                 pretrain_tower(model.model.vision_tower, dataset, args.tower_steps, args.lr)
     if args.steps:
@@ -156,8 +158,7 @@ def pretrain_tower(tower: torch.nn.Module, dataset: "SliceTexts", steps: int, lr
     A linear head scores every patch, and a sharp log-mean-exp over patches scores the slice, so that a small lesion is
     learned where it lies. The head is thrown away.
     """
-    targets = dataset.targets()
-    head = torch.nn.Linear(VISION["hidden_size"], targets.shape[1])
+    head = torch.nn.Linear(VISION["hidden_size"], dataset.targets.shape[1])
     parameters = [*tower.parameters(), *head.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.1)
@@ -168,7 +169,7 @@ def pretrain_tower(tower: torch.nn.Module, dataset: "SliceTexts", steps: int, lr
             outputs = tower(dataset.pixel_values[batch].float(), output_hidden_states=True)
             scores = head(outputs.hidden_states[-2][:, 1:]).float()  # what a LLaVA reads, without the class token
         scores = ((4 * scores).logsumexp(1) - math.log(scores.shape[1])) / 4
-        loss = torch.nn.functional.binary_cross_entropy_with_logits(scores, targets[batch])
+        loss = torch.nn.functional.binary_cross_entropy_with_logits(scores, dataset.targets[batch])
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
@@ -194,12 +195,13 @@ class SliceTexts(Dataset):
         with labels.open(encoding="utf-8") as file:
             self.labels = [json.loads(line) for line, _ in zip(file, range(scans or 10**9))]
         self.seed, self.processor = seed, None
-        self.cache = VolumeCache(data / "slices", image_processor(VISION))
+        self.cache = VolumeCache(data / "slices", image_processor())
         paths = [data / labels["images"] for labels in self.labels]
         with ThreadPoolExecutor(2) as threads:
             slabs = list(tqdm(threads.map(self._read, paths), total=len(paths), desc="slices"))
         self.places = [(scan, slab, len(rows)) for scan, rows in enumerate(slabs) for slab in range(len(rows))]
         self.pixel_values = torch.cat(slabs)
+        self.targets, self.num_findings = self._targets()
 
     def _read(self, path: Path) -> torch.Tensor:
         return torch.from_numpy(self.cache.read(str(path))["pixel_values"]).bfloat16()
@@ -222,8 +224,8 @@ class SliceTexts(Dataset):
         rng.shuffle(pairs)
         return pairs
 
-    def targets(self) -> torch.Tensor:
-        """What the caption of every slab names, `(slabs, targets)` of 0 and 1: the findings first."""
+    def _targets(self) -> tuple[torch.Tensor, int]:
+        """What the caption of every slab names, `(slabs, targets)` of 0 and 1, and how many of these are findings."""
         findings = [(name, side) for name in FINDINGS for side in (("left", "right") if name in SIDED else (None,))]
         rows = []
         for index in range(len(self)):
@@ -233,14 +235,13 @@ class SliceTexts(Dataset):
                 any(name == other and (side is None or lesion["side"] in (side, "both")) for other, lesion in seen)
                 for name, side in findings
             ]
-            self.num_findings = len(row)
             row += [organ in slice_organs(labels, *ends) for organ in labels["organ_areas"]]
             rows.append(row + [labels["phase"] == phase for phase in PHASES])
-        return torch.tensor(rows, dtype=torch.float32)
+        return torch.tensor(rows, dtype=torch.float32), len(findings)
 
     def sampler(self, num_samples: int) -> WeightedRandomSampler:
         """Half of the draws by finding, each finding and side as often as any other, half from all slabs."""
-        shown = self.targets()[:, : self.num_findings]
+        shown = self.targets[:, : self.num_findings]
         share = shown / shown.sum(0).clamp(min=1)
         weights = share.sum(1) / self.num_findings + 1 / len(self)
         return WeightedRandomSampler(weights.double(), num_samples)
@@ -279,10 +280,10 @@ class SliceTexts(Dataset):
         }
 
 
-def image_processor(vision: dict) -> CTMoEImageProcessor:
+def image_processor() -> CTMoEImageProcessor:
     """The image processor that models made from this base have."""
-    size = vision["image_size"]
-    return CTMoEImageProcessor(size={"height": size, "width": size}, patch_size=vision["patch_size"], **SLICES)
+    size = VISION["image_size"]
+    return CTMoEImageProcessor(size={"height": size, "width": size}, patch_size=VISION["patch_size"], **SLICES)
 
 
 if __name__ == "__main__":

@@ -19,31 +19,16 @@ import sys
 from pathlib import Path
 
 import pytest
+from command_line import fail, invoke
 from PIL import Image
-from typer.testing import CliRunner
 
 from ct_moe import CTMoEError, ModelError
-from ct_moe.hub.cli import app, main, printable
+from ct_moe.hub.cli import printable
 
 
 @pytest.fixture
 def scan(test_data):
     return str(test_data / "totalseg" / "example_ct_sm.nii.gz")
-
-
-def invoke(*arguments, **kwargs):
-    return CliRunner().invoke(app, [str(argument) for argument in arguments], **kwargs)
-
-
-def fail(monkeypatch, capsys, *arguments) -> str:
-    """Run the entry point on arguments that must fail: the one line it leaves on stderr."""
-    monkeypatch.setattr(sys, "argv", ["ct-moe", *map(str, arguments)])
-    with pytest.raises(SystemExit) as stopped:
-        main()
-    assert stopped.value.code == 1
-    error = capsys.readouterr().err
-    assert "Traceback" not in error
-    return error.splitlines()[-1]
 
 
 def test_help_imports_neither_torch_nor_transformers():

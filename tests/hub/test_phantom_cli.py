@@ -19,12 +19,12 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import suppress
 
 import pytest
-from typer.testing import CliRunner
+from command_line import fail, invoke
 
 from ct_moe import load_volume
-from ct_moe.hub.cli import app, main
 
 
 FEW = ["--n", "1", "--validation", "0", "--test", "1", "--workers", "1"]
@@ -32,7 +32,7 @@ FEW = ["--n", "1", "--validation", "0", "--test", "1", "--workers", "1"]
 
 def test_a_set_is_written_and_its_use_is_told(tmp_path):
     out = tmp_path / "set"
-    result = CliRunner().invoke(app, ["phantom", str(out), *FEW, "--seed", "2", "--format", "both"])
+    result = invoke("phantom", str(out), *FEW, "--seed", "2", "--format", "both")
     assert result.exit_code == 0, result.output
     rows = {name: len((out / f"{name}.jsonl").read_text().splitlines()) for name in ("train", "test")}
     wrote, use = result.stdout.splitlines()
@@ -58,23 +58,13 @@ def test_help_imports_nothing_heavy():
 
 @pytest.mark.parametrize("arguments", [["--n", "0"], ["--seed", "-1"], ["--workers", "0"], ["--format", "nrrd"]])
 def test_wrong_usage_ends_with_2(tmp_path, arguments):
-    assert CliRunner().invoke(app, ["phantom", str(tmp_path / "set"), *arguments]).exit_code == 2
+    assert invoke("phantom", str(tmp_path / "set"), *arguments).exit_code == 2
     assert not list(tmp_path.iterdir())
-
-
-def fail(monkeypatch, capsys, *arguments: str) -> str:
-    monkeypatch.setattr(sys, "argv", ["ct-moe", "phantom", *arguments])
-    with pytest.raises(SystemExit) as stopped:
-        main()
-    assert stopped.value.code == 1
-    error = capsys.readouterr().err
-    assert "Traceback" not in error
-    return error.splitlines()[-1]
 
 
 def test_a_folder_that_holds_something_is_left_alone(tmp_path, monkeypatch, capsys):
     (tmp_path / "mine").write_text("mine")
-    line = fail(monkeypatch, capsys, str(tmp_path), *FEW)
+    line = fail(monkeypatch, capsys, "phantom", str(tmp_path), *FEW)
     assert line.startswith(f"ct-moe: error: {tmp_path}: exists and is not an empty folder")
     assert [path.name for path in tmp_path.iterdir()] == ["mine"]
 
@@ -83,7 +73,7 @@ def test_dicom_without_pydicom_says_what_to_install(tmp_path, monkeypatch, capsy
     for name in [name for name in sys.modules if name.split(".")[0] == "pydicom"]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "pydicom", None)
-    line = fail(monkeypatch, capsys, str(tmp_path / "set"), *FEW, "--format", "dicom")
+    line = fail(monkeypatch, capsys, "phantom", str(tmp_path / "set"), *FEW, "--format", "dicom")
     assert 'Run: pip install "ct-moe[dicom]"' in line
     assert not list(tmp_path.iterdir())
 
@@ -116,7 +106,17 @@ def test_ctrl_c_leaves_nothing_and_no_traceback(tmp_path, early):
         "--workers",
         "2",
     ]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, process_group=0)
+    # A job in the background of a shell ignores Ctrl-C, and so would its children.
+    script = (
+        "import os, signal, sys; signal.signal(signal.SIGINT, signal.SIG_DFL); os.execv(sys.argv[1], sys.argv[1:])"
+    )
+    process = subprocess.Popen(
+        [sys.executable, "-c", script, *command],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        process_group=0,
+    )
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and process.poll() is None:
         if list(tmp_path.glob(".set-*/train/scans" if early else ".set-*/train/scans/*.nii.gz")):
@@ -124,7 +124,11 @@ def test_ctrl_c_leaves_nothing_and_no_traceback(tmp_path, early):
         time.sleep(0.1)
     time.sleep(1)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to every process
-    _, error = process.communicate(timeout=120)
+    try:
+        _, error = process.communicate(timeout=120)
+    finally:
+        with suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)  # or it would go on to fill the disk
     assert process.returncode == 130, error
     assert "Traceback" not in error
     assert not list(tmp_path.iterdir())

@@ -148,3 +148,12 @@ def test_refuses_a_folder_that_holds_something(tmp_path):
 
 def _as_blocks(content):
     return [{"type": "text", "text": content}] if isinstance(content, str) else content
+
+
+def test_a_tokenizer_of_other_sentences_knows_their_words_whole(tmp_path):
+    words = ["xylophonic", "quizzaciously"]
+    folder = build_tiny_base(tmp_path / "base", sentences=[" ".join(words)] * 50)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    assert tokenizer.tokenize(" ".join(words)) == ["xylophonic", "Ġquizzaciously"]
+    ids = tokenizer("A pleural effusion, 12 mm.")["input_ids"]
+    assert tokenizer.decode(ids) == "A pleural effusion, 12 mm."  # words it never saw are spelt
