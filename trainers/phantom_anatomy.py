@@ -196,8 +196,7 @@ def _plan(rng: np.random.Generator, split: str, wanted: tuple[str, ...] | None) 
             if split == "test" and not combination and met:
                 break
         lesions[name] = drawn
-    held_out = any(_matches(name, lesion, phase) for name, drawn in lesions.items() for lesion in drawn)
-    return {"phase": phase, "acquisition": acquisition, "lesions": lesions, "held_out": held_out}
+    return {"phase": phase, "acquisition": acquisition, "lesions": lesions}
 
 
 def _matches(name: str, lesion: Lesion, phase: str) -> bool:
@@ -224,28 +223,29 @@ def _lesions(rng: np.random.Generator, name: str) -> list[Lesion]:
         return str(rng.choice(["left", "right"]))
 
     if name == "nodule":
-        count = int(rng.choice([1, 1, 2, 3, 4]))
+        count = int(rng.choice([1, 1, 2, 3, 3]))
         places = [str(rng.choice(LOBES)) for _ in range(count)]
-        sizes = sorted((rng.integers(5, 17) * 2 for _ in range(count)), reverse=True)
+        largest = 32 if count < 3 else 20  # three must have room, one above the other
+        sizes = sorted((rng.integers(5, largest // 2 + 1) * 2 for _ in range(count)), reverse=True)
         return [
             Lesion(side=place.split()[0], place=place, size_mm=float(size), hu=float(rng.uniform(20, 90)))
             for place, size in zip(places, sizes)
         ]
     if name == "effusion":
-        amounts = {"small": (40, 60), "moderate": (75, 100), "large": (120, 160)}
+        amounts = {"small": (40, 60), "moderate": (75, 125), "large": (120, 175)}
         which = str(rng.choice(["left", "right", "both"]))
         amount = str(rng.choice(list(amounts)))
         extent = float(rng.uniform(*amounts[amount]))
         return [Lesion(side=which, place="pleura", extent_mm=extent, amount=amount, hu=float(rng.uniform(2, 18)))]
     if name == "consolidation":
         place = str(rng.choice(LOBES))
-        limit = 60 if "middle" in place else 110
+        limit = 60 if "middle" in place else 130
         return [
             Lesion(
                 side=place.split()[0],
                 place=place,
                 size_mm=float(rng.integers(20, 36) * 2),
-                extent_mm=float(rng.uniform(40, limit)),
+                extent_mm=float(rng.uniform(30, limit)),
                 growth=str(rng.choice(GROWTHS)),
                 hu=float(rng.uniform(10, 50)),
             )
@@ -259,13 +259,13 @@ def _lesions(rng: np.random.Generator, name: str) -> list[Lesion]:
             Lesion(
                 place=str(rng.choice(["thoracic aorta", "abdominal aorta"])),
                 size_mm=float(rng.integers(23, 36) * 2),
-                extent_mm=float(rng.uniform(60, 120)),
+                extent_mm=float(rng.uniform(50, 140)),
                 growth=str(rng.choice(GROWTHS)),
             )
         ]
     if name == "liver lesion":
-        count = int(rng.choice([1, 1, 2, 3]))
-        largest = 24 if count > 1 else 46
+        count = int(rng.choice([1, 1, 2, 3, 3]))
+        largest = (46, 24, 16)[count - 1]
         lesions = []
         for _ in range(count):
             which = side()
@@ -511,11 +511,12 @@ class _Scene:
         self.paint(self.ellipsoid((100, -depth - 6, 0), (80, 5, 16)), 300)  # sternum
 
     def _organ(self, name: str, shapes, hu: float | None = None) -> None:
-        areas = 0
+        drawn = np.zeros(self.hu.shape, dtype=bool)  # lobes of the liver overlap
         for box, mask in shapes:
             if hu is not None:
                 self.paint((box, mask), hu)
-            areas = areas + self.areas(box, mask)
+            drawn[box] |= mask
+        areas = self.areas((slice(None),) * 3, drawn)
         self.organ_areas[name] = [round(float(area), 1) for area in areas]
 
     def _inside_cavity(self, box) -> np.ndarray:
@@ -641,9 +642,10 @@ class _Scene:
         length = lesion.extent_mm = min(length, high - low)
         start = self.rng.uniform(low, high - length)
         position = (self.axes[0] - start) / length
-        inside = (position >= 0) & (position <= 1)
         widened = lesion.size_mm / 2 * _widening(position, lesion.growth)
-        radii = np.where(inside, np.maximum(widened, self.aorta_radius), self.aorta_radius).astype(np.float32)
+        # Where it is hardly wider than the aorta beside it there is no aneurysm.
+        inside = (position >= 0) & (position <= 1) & (widened > 1.1 * self.aorta_radius)
+        radii = np.where(inside, widened, self.aorta_radius).astype(np.float32)
         areas = np.where(inside, self._draw_aorta(radii, self.aorta_top), 0)
         lesion.hu = round(self.blood, 1)
         lesion.centre = (round(start + length / 2, 1), self.aorta[0], self.aorta[1])
@@ -709,9 +711,11 @@ class _Scene:
         bottoms = bottoms[(bottoms > low) & (bottoms + self.body_height < high)]
         bottom = float(self.rng.choice(bottoms))
         height = self.body_height * (1 - lesion.height_loss / 100)
-        box = self.box((bottom, bottom + self.body_height), (self.spine_y - 26, self.spine_y + 20), (-28, 28))
+        box = self.box((bottom, bottom + self.body_height), (self.spine_y - 36, self.spine_y + 20), (-36, 36))
         z, y, x = self.grid(box)
         outline = ((y - self.spine_y) / 19) ** 2 + (x / 22) ** 2
+        haematoma = (y - self.spine_y) ** 2 + x**2 <= 36**2  # beside the vertebra, in fat and lung
+        self.paint((box, haematoma & (self.hu[box] < 0)), 65)
         self.paint((box, np.broadcast_to(outline <= 1, self.hu[box].shape)), 85)
         bulge = ((y - self.spine_y + 2) / 22) ** 2 + (x / 26) ** 2 <= 1
         mask = bulge & (z >= bottom) & (z < bottom + height) & (y < self.spine_y + 19)
@@ -724,14 +728,16 @@ class _Scene:
     def finish(self) -> Phantom:
         noise = self.rng.standard_normal(self.hu.shape, dtype=np.float32)
         self.hu += self.plan["acquisition"]["noise"] * noise
+        phase = self.plan["phase"]
+        findings = [finding for finding in self.findings if finding.lesions]
         return Phantom(
             hu=np.clip(np.rint(self.hu), -1024, 3071).astype(np.int16),
             spacing=tuple(round(step, 6) for step in self.spacing),
-            phase=self.plan["phase"],
-            findings=[finding for finding in self.findings if finding.lesions],
+            phase=phase,
+            findings=findings,
             acquisition=self.plan["acquisition"],
             heart_ratio=round(float(self.heart_ratio), 3),
-            held_out=self.plan["held_out"],
+            held_out=any(_matches(f.name, lesion, phase) for f in findings for lesion in f.lesions),
             organ_areas=self.organ_areas,
         )
 

@@ -46,7 +46,7 @@ ORGANS = {
     "fracture": "spine",
 }
 SIDED = ("nodule", "effusion", "consolidation", "liver lesion", "renal stone")  # with a left and a right
-NUMBERS = ("no", "one", "two", "three", "four")
+NUMBERS = ("no", "one", "two", "three")
 EXTENTS = (40, 80, 120, 160)  # mm, the choices
 LEVELS = ("lowest quarter", "second lowest quarter", "second highest quarter", "highest quarter")
 GROWTH_TEXTS = {
@@ -200,12 +200,11 @@ def _ask_between_slices(labels: dict, found: dict, ask, ask_open) -> None:
     for name in ("nodule", "liver lesion"):
         if name in found:
             number = NUMBERS[len(found[name])]
-            choices = NUMBERS[1:] if name == "nodule" else NUMBERS[:4]
-            ask(kind, f"count {name}", number, choices, finding=_PLURALS[name])
+            ask(kind, f"count {name}", number, NUMBERS, finding=_PLURALS[name])
             verb = "is" if number == "one" else "are"
             ask_open(kind, f"count {name}", number, f"There {verb} {number}.", finding=_PLURALS[name])
-        elif name == "liver lesion":
-            ask(kind, f"count {name}", "no", NUMBERS[:4], finding=_PLURALS[name])
+        else:
+            ask(kind, f"count {name}", "no", NUMBERS, finding=_PLURALS[name])
     for name in ("nodule", "fracture"):
         if name in found and len(found[name]) == 1:
             level = scan_level(found[name][0]["slice_areas"])
@@ -492,7 +491,7 @@ PLACES = {
 
 # (train and validation, test)
 _PHASE_SENTENCE = (
-    ("The scan is in the {phase} phase.", "{phase} phase."),
+    ("The scan is in the {phase} phase.", "{phase} phase.", "The scan shows the {phase} phase."),
     ("Scan in the {phase} phase.", "The phase is {phase}."),
 )
 _PRESENT = {
@@ -500,6 +499,7 @@ _PRESENT = {
         (
             "{number} {noun} {of} {size} mm in {place}.",
             "There {some} in the lung {of} {size} mm in {place}.",
+            "The lung shows {number} {noun} {of} {size} mm in {place}.",
         ),
         ("In {place} there {some} {of} {size} mm.",),
     ),
@@ -507,6 +507,7 @@ _PRESENT = {
         (
             "{amount} pleural effusion on {side}, extent {extent} mm.",
             "There is pleural effusion on {side}, {amount} with an extent of {extent} mm.",
+            "The scan shows a {amount} pleural effusion on {side}, extent {extent} mm.",
         ),
         ("On {side} there is pleural effusion, extent of {extent} mm.",),
     ),
@@ -514,21 +515,27 @@ _PRESENT = {
         (
             "Consolidation in {place}, extent {extent} mm.",
             "There is consolidation in {place} with an extent of {extent} mm.",
+            "The scan shows consolidation in {place}, extent {extent} mm.",
         ),
         ("In {place} there is consolidation, extent of {extent} mm.",),
     ),
     "emphysema": (
-        ("Emphysema in {place}.", "There is emphysema in {place}."),
+        ("Emphysema in {place}.", "There is emphysema in {place}.", "The lung shows emphysema in {place}."),
         ("In {place} there is emphysema.",),
     ),
     "cardiomegaly": (
-        ("Cardiomegaly, the heart measures {size} mm.", "The heart measures {size} mm, cardiomegaly."),
+        (
+            "Cardiomegaly, the heart measures {size} mm.",
+            "The heart measures {size} mm, cardiomegaly.",
+            "There is cardiomegaly, the size of the heart is {size} mm.",
+        ),
         ("The heart measures {size} mm, there is cardiomegaly.",),
     ),
     "aneurysm": (
         (
             "Aortic aneurysm of {size} mm in {place}, extent {extent} mm.",
             "There is an aortic aneurysm in {place}, it measures {size} mm with an extent of {extent} mm.",
+            "The scan shows an aortic aneurysm of {size} mm in {place}, extent {extent} mm.",
         ),
         ("In {place} there is an aortic aneurysm of {size} mm, extent of {extent} mm.",),
     ),
@@ -536,78 +543,192 @@ _PRESENT = {
         (
             "{number} {noun} {of} {size} mm in {place}.",
             "There {some} {of} {size} mm in {place}.",
+            "The scan shows {number} {noun} {of} {size} mm in {place}.",
         ),
         ("In {place} there {some} {of} {size} mm.",),
     ),
     "renal stone": (
-        ("Renal stone of {size} mm in {place}.", "There is a renal stone in {place}, it measures {size} mm."),
+        (
+            "Renal stone of {size} mm in {place}.",
+            "There is a renal stone in {place}, it measures {size} mm.",
+            "The scan shows a renal stone in {place}, size {size} mm.",
+        ),
         ("In {place} there is a renal stone of {size} mm.",),
     ),
-    "ascites": (("{amount} ascites.", "There is ascites, {amount}."), ("There is {amount} ascites.",)),
+    "ascites": (
+        ("{amount} ascites.", "There is ascites, {amount}.", "The scan shows {amount} ascites."),
+        ("There is {amount} ascites.",),
+    ),
     "fracture": (
         (
             "Vertebral fracture in {place} with {loss} % height loss.",
             "There is a vertebral fracture in {place}, height loss {loss} %.",
+            "The scan shows a vertebral fracture in {place}, {loss} % of height loss.",
         ),
         ("In {place} there is a vertebral fracture, {loss} % height loss.",),
     ),
 }
 _ABSENT = (
-    ("No {finding}.", "There is no {finding}."),
+    ("No {finding}.", "There is no {finding}.", "There is no sign of {finding}."),
     ("The scan shows no {finding}.",),
 )
-_NORMAL = (("No abnormality.",), ("There is no abnormality.",))
+_NORMAL = (("No abnormality.", "The scan shows no abnormality."), ("There is no abnormality.",))
 _QUESTIONS = {
     "phase": (
-        ("What is the phase of the scan?", "In which phase is the scan?", "Which phase does the scan show?"),
-        ("Which is the phase of the scan?", "What phase does the scan show?"),
+        (
+            "What is the phase of the scan?",
+            "In which phase is the scan?",
+            "Which phase does the scan show?",
+            "Which is the phase of contrast?",
+            "What phase of contrast is there?",
+            "Tell the phase of the scan.",
+            "Is the scan in the non-contrast, arterial, portal venous or delayed phase?",
+            "The phase of the scan?",
+        ),
+        (
+            "Which is the phase of the scan?",
+            "What phase does the scan show?",
+            "In what phase of contrast is the scan?",
+        ),
     ),
     "organ": (
-        ("Which organ is abnormal?", "Which of the organs is abnormal?", "What organ shows an abnormality?"),
-        ("Which organ shows an abnormality?", "What is the abnormal organ?"),
+        (
+            "Which organ is abnormal?",
+            "Which of the organs is abnormal?",
+            "What organ shows an abnormality?",
+            "In which organ is there an abnormality?",
+            "Where in the scan is an organ abnormal?",
+            "Tell the organ with an abnormality.",
+            "Which of the organs is not normal?",
+            "The abnormal organ?",
+        ),
+        ("Which organ shows an abnormality?", "What is the abnormal organ?", "Which organ is not normal?"),
     ),
     "abnormality": (
-        ("Which abnormality is there?", "What abnormality does the scan show?", "What is abnormal in the scan?"),
-        ("Which abnormality does the scan show?", "What abnormality is in the scan?"),
+        (
+            "Which abnormality is there?",
+            "What abnormality does the scan show?",
+            "What is abnormal in the scan?",
+            "Which of the findings is in the scan?",
+            "What finding is there?",
+            "Tell the abnormality in the scan.",
+            "Is there an abnormality, and which?",
+            "The abnormality of the scan?",
+        ),
+        ("Which abnormality does the scan show?", "What abnormality is in the scan?", "What is the finding?"),
     ),
     "presence": (
-        ("Is there {finding}?", "Does the scan show {finding}?", "Is there {finding} in the scan?"),
-        ("Does {finding} show in the scan?", "Is {finding} in the scan?"),
+        (
+            "Is there {finding}?",
+            "Does the scan show {finding}?",
+            "Is there {finding} in the scan?",
+            "Does the scan show {finding} or not?",
+            "Can {finding} be seen?",
+            "Is {finding} there?",
+            "Tell if there is {finding}.",
+            "In the scan, is there {finding}?",
+        ),
+        ("Does {finding} show in the scan?", "Is {finding} in the scan?", "Is {finding} seen or not?"),
     ),
     "where": (
-        ("Where is the {finding}?", "In which place is the {finding}?", "Which place does the {finding} lie in?"),
-        ("In which place does the {finding} lie?", "Where does the {finding} lie?"),
+        (
+            "Where is the {finding}?",
+            "In which place is the {finding}?",
+            "Which place does the {finding} lie in?",
+            "Where in the scan is the {finding}?",
+            "Where can the {finding} be seen?",
+            "Tell the place of the {finding}.",
+            "What is the place of the {finding}?",
+            "The {finding} is in which place?",
+        ),
+        (
+            "In which place does the {finding} lie?",
+            "Where does the {finding} lie?",
+            "Which is the place of the {finding}?",
+        ),
     ),
     "size": (
-        ("How large is the largest {finding}?", "What is the size of the largest {finding}?"),
-        ("What size is the largest {finding}?",),
+        (
+            "How large is the largest {finding}?",
+            "What is the size of the largest {finding}?",
+            "How many mm does the largest {finding} measure?",
+            "Tell the size of the largest {finding}.",
+            "What does the largest {finding} measure?",
+            "The size of the largest {finding}?",
+        ),
+        ("What size is the largest {finding}?", "How many mm is the largest {finding}?"),
     ),
     "extent": (
         (
             "What is the extent of the {finding} along the body?",
             "How long is the {finding} along the body?",
             "What is the extent from head to feet of the {finding}?",
+            "How many mm long is the {finding}?",
+            "Tell the extent of the {finding} along the body.",
+            "How long does the {finding} extend from head to feet?",
+            "Along the body, how long is the {finding}?",
+            "What length does the {finding} have along the body?",
         ),
-        ("How long is the {finding} from head to feet?", "What is the extent along the body of the {finding}?"),
+        (
+            "How long is the {finding} from head to feet?",
+            "What is the extent along the body of the {finding}?",
+            "What is the length of the {finding} from head to feet?",
+        ),
     ),
     "count": (
         (
             "How many {finding} are there?",
             "What is the number of {finding}?",
             "How many {finding} does the scan show?",
+            "How many {finding} can be seen?",
+            "Tell the number of {finding}.",
+            "The scan shows how many {finding}?",
+            "In the scan, how many {finding} are there?",
+            "Which number of {finding} does the scan show?",
         ),
-        ("How many {finding} are in the scan?", "Which is the number of {finding}?"),
+        ("How many {finding} are in the scan?", "Which is the number of {finding}?", "How many {finding} are seen?"),
     ),
     "level": (
-        ("At which level of the scan is the {finding}?", "Which level of the scan shows the {finding}?"),
-        ("At what level of the scan does the {finding} lie?", "Which is the level of the {finding} in the scan?"),
+        (
+            "At which level of the scan is the {finding}?",
+            "Which level of the scan shows the {finding}?",
+            "What is the level of the {finding}?",
+            "In which quarter of the scan is the {finding}?",
+            "Tell the level of the {finding} in the scan.",
+            "Which quarter of the scan does the {finding} lie in?",
+            "At what level can the {finding} be seen?",
+            "The level of the {finding}?",
+        ),
+        (
+            "At what level of the scan does the {finding} lie?",
+            "Which is the level of the {finding} in the scan?",
+            "What quarter of the scan shows the {finding}?",
+        ),
     ),
     "growth": (
-        ("Where does the {finding} widen?", "In which direction does the {finding} widen?"),
-        ("Which is the direction in which the {finding} does widen?", "What direction does the {finding} widen in?"),
+        (
+            "Where does the {finding} widen?",
+            "In which direction does the {finding} widen?",
+            "Towards which end does the {finding} widen?",
+            "What is the direction in which the {finding} widens?",
+            "Tell the direction in which the {finding} widens.",
+            "Does the {finding} widen, and where?",
+            "The {finding} widens in which direction?",
+            "Along the body, where does the {finding} widen?",
+        ),
+        (
+            "Which is the direction in which the {finding} does widen?",
+            "What direction does the {finding} widen in?",
+            "Where along the body does the {finding} widen?",
+        ),
     ),
     "plane": (
-        ("What is the plane of the slices?", "In which plane are the slices?"),
+        (
+            "What is the plane of the slices?",
+            "In which plane are the slices?",
+            "Which plane do the slices show?",
+            "Tell the plane of the slices.",
+        ),
         ("Which is the plane of the slices?", "In what plane are the slices?"),
     ),
 }
