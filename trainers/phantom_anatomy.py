@@ -13,45 +13,18 @@
 # limitations under the License.
 """Synthetic CT scans of known content: anatomy and findings drawn in HU, with the exact attributes of every lesion.
 
-- `draw_phantom`: one scan from a seed and the part of the data it belongs to (train, validation, test).
-- `Phantom`, `Finding`, `Lesion`: what it returns.
+`draw_phantom` makes one scan from a seed and the part of the data it belongs to (train, validation, test).
 
 Coordinates are LPS in mm: x to the patient's left, y to the back, z to the head, z = 0 where the diaphragms are. No
 patient, and no model of disease: shapes and densities are those of textbooks, simplified until each attribute is known
 exactly. Good for testing what a network can learn, not for teaching it medicine.
 """
 
-from dataclasses import asdict, dataclass, field
-
 import numpy as np
 
+from .phantom_labels import FINDINGS, SPLITS, Finding, Lesion, Phantom
+from .phantom_plan import is_held_out, plan_phantom
 
-FINDINGS = (
-    "nodule",
-    "effusion",
-    "consolidation",
-    "emphysema",
-    "cardiomegaly",
-    "aneurysm",
-    "liver lesion",
-    "renal stone",
-    "ascites",
-    "fracture",
-)
-SPLITS = ("train", "validation", "test")
-PHASES = ("non-contrast", "arterial", "portal venous", "delayed")
-LOBES = ("right upper lobe", "right middle lobe", "right lower lobe", "left upper lobe", "left lower lobe")
-GROWTHS = ("head", "feet", "middle", "constant")  # where a lesion is widest along z; the last: as wide everywhere
-
-# (finding, attribute, value, phase) that never meet in train and validation: half of the test scans hold one of them.
-HELD_OUT = (
-    ("nodule", "place", "left upper lobe", "arterial"),
-    ("consolidation", "place", "right lower lobe", "non-contrast"),
-    ("effusion", "side", "left", "delayed"),
-    ("liver lesion", "side", "left", "portal venous"),
-    ("renal stone", "side", "right", "arterial"),
-    ("aneurysm", "place", "abdominal aorta", "non-contrast"),
-)
 
 # HU of (blood in the aorta, in the heart, liver, spleen, kidney, renal pelvis) in each phase.
 _PHASE_HU = {
@@ -61,78 +34,6 @@ _PHASE_HU = {
     "delayed": (92, 88, 84, 82, 125, 420),
 }
 _AIR, _LUNG, _FAT, _MUSCLE, _BONE = -1000.0, -830.0, -100.0, 52.0, 240.0
-
-
-@dataclass
-class Lesion:
-    """One lesion; what does not apply is `None`.
-
-    Attributes:
-        side: "left", "right" or "both", the patient's.
-        place: lobe, organ or part of it.
-        size_mm: largest diameter across the body axis, of a consolidation before the chest wall cuts it (cardiomegaly:
-            width of the heart).
-        extent_mm: length along the body axis, number of slices x their thickness.
-        num_slices: slices that hold a voxel of it.
-        hu: of what was painted, before noise (consolidation: between its bronchi).
-        growth: one of `GROWTHS`.
-        amount: "small", "moderate" or "large".
-        height_loss: of a vertebra, in per cent.
-        centre: (z, y, x) in mm, where it was drawn; the patient lies up to 12 mm beside the middle of the scan.
-        slice_areas: mm2 of it in every slice of the scan, from the feet.
-    """
-
-    side: str | None = None
-    place: str | None = None
-    size_mm: float | None = None
-    extent_mm: float = 0.0
-    num_slices: int = 0
-    hu: float = 0.0
-    growth: str | None = None
-    amount: str | None = None
-    height_loss: int | None = None
-    centre: tuple[float, float, float] = (0.0, 0.0, 0.0)
-    slice_areas: list[float] = field(default_factory=list, repr=False)
-
-
-@dataclass
-class Finding:
-    """All lesions of one kind, the largest first."""
-
-    name: str
-    lesions: list[Lesion]
-
-
-@dataclass
-class Phantom:
-    """One scan.
-
-    Attributes:
-        hu: `int16` array (z, y, x) in LPS, z from the feet.
-        spacing: mm, (z, y, x).
-        phase: one of `PHASES`.
-        findings: in the order of `FINDINGS`; empty for a normal scan.
-        acquisition: thickness, field of view, matrix, noise, whether it is one that only the test split has.
-        heart_ratio: width of the heart / inner width of the chest.
-        held_out: whether the scan holds one of the `HELD_OUT` combinations.
-        organ_areas: mm2 of each organ in every slice, as it was painted: others may cover some of it. Of the aorta,
-            the descending part.
-    """
-
-    hu: np.ndarray
-    spacing: tuple[float, float, float]
-    phase: str
-    findings: list[Finding]
-    acquisition: dict
-    heart_ratio: float
-    held_out: bool
-    organ_areas: dict[str, list[float]]
-
-    def labels(self) -> dict:
-        """Everything but the voxels, for JSON."""
-        labels = asdict(self)
-        del labels["hu"]
-        return {**labels, "shape": list(self.hu.shape), "extent_mm": self.hu.shape[0] * self.spacing[0]}
 
 
 def draw_phantom(seed: int, split: str = "train", findings: tuple[str, ...] | None = None) -> Phantom:
@@ -152,136 +53,13 @@ def draw_phantom(seed: int, split: str = "train", findings: tuple[str, ...] | No
     if unknown := set(findings or ()) - set(FINDINGS):
         raise ValueError(f"findings={sorted(unknown)}: use names of {', '.join(FINDINGS)}")
     rng = np.random.default_rng([SPLITS.index(split), seed])
-    plan = _plan(rng, split, findings)
+    plan = plan_phantom(rng, split, findings)
     scene = _Scene(rng, plan)
     scene.draw_anatomy()
     for name in FINDINGS:
         if name in plan["lesions"]:
             getattr(scene, f"draw_{name.replace(' ', '_')}")(plan["lesions"][name])
     return scene.finish()
-
-
-def _plan(rng: np.random.Generator, split: str, wanted: tuple[str, ...] | None) -> dict:
-    """What is drawn, before anything is: phase, acquisition, and side, place and size of every lesion."""
-    names = wanted
-    combination = None
-    if wanted is None:
-        chosen = rng.random(len(FINDINGS)) < 0.28
-        names = () if rng.random() < 0.08 else tuple(np.array(FINDINGS)[chosen])
-        if split == "test" and rng.random() < 0.5:
-            combination = HELD_OUT[rng.integers(len(HELD_OUT))]
-            names = tuple(name for name in FINDINGS if name in (*names, combination[0]))
-    phase = combination[3] if combination else str(rng.choice(PHASES))
-    if phase == "delayed":
-        # Excreted contrast hides stones, in life as well.
-        names = tuple(name for name in names if name != "renal stone" or wanted is not None)
-    new = split == "test" and rng.random() < 0.5
-    acquisition = {
-        "thickness": float(rng.choice([2.0, 4.0] if new else [3.0, 5.0])),
-        "field_of_view": float(rng.uniform(430, 460) if new else rng.uniform(370, 430)),
-        "matrix": int(rng.choice([176, 240] if new else [160, 192, 208])),
-        "noise": float(rng.uniform(22, 28) if new else rng.uniform(8, 20)),
-        "unseen": bool(new),
-    }
-    lesions = {}
-    for name in names:
-        for _ in range(100):
-            drawn = _lesions(rng, name)
-            if combination and name == combination[0]:
-                drawn = drawn[:1]
-                drawn[0] = _with_attribute(name, drawn[0], combination[1], combination[2])
-            met = any(_matches(name, lesion, phase) for lesion in drawn)
-            if met == bool(combination and name == combination[0]):
-                break
-            if split == "test" and not combination and met:
-                break
-        lesions[name] = drawn
-    return {"phase": phase, "acquisition": acquisition, "lesions": lesions}
-
-
-def _matches(name: str, lesion: Lesion, phase: str) -> bool:
-    return any(name == n and phase == p and getattr(lesion, a) == v for n, a, v, p in HELD_OUT)
-
-
-def _with_attribute(name: str, lesion: Lesion, attribute: str, value: str) -> Lesion:
-    """The lesion with one attribute of a held-out combination, and with what goes with it."""
-    setattr(lesion, attribute, value)
-    if attribute == "place" and name in ("nodule", "consolidation"):
-        lesion.side = value.split()[0]
-    if name == "liver lesion":
-        lesion.place = f"{value} lobe of the liver"
-        lesion.size_mm = min(lesion.size_mm, 26)
-    if name == "renal stone":
-        lesion.place = f"{value} kidney"
-    return lesion
-
-
-def _lesions(rng: np.random.Generator, name: str) -> list[Lesion]:
-    """Attributes of the lesions of one finding, as they are to be drawn."""
-
-    def side():
-        return str(rng.choice(["left", "right"]))
-
-    if name == "nodule":
-        count = int(rng.choice([1, 1, 2, 3, 3]))
-        places = [str(rng.choice(LOBES)) for _ in range(count)]
-        largest = 32 if count < 3 else 20  # three must have room, one above the other
-        sizes = sorted((rng.integers(5, largest // 2 + 1) * 2 for _ in range(count)), reverse=True)
-        return [
-            Lesion(side=place.split()[0], place=place, size_mm=float(size), hu=float(rng.uniform(20, 90)))
-            for place, size in zip(places, sizes)
-        ]
-    if name == "effusion":
-        amounts = {"small": (40, 60), "moderate": (75, 125), "large": (120, 175)}
-        which = str(rng.choice(["left", "right", "both"]))
-        amount = str(rng.choice(list(amounts)))
-        extent = float(rng.uniform(*amounts[amount]))
-        return [Lesion(side=which, place="pleura", extent_mm=extent, amount=amount, hu=float(rng.uniform(2, 18)))]
-    if name == "consolidation":
-        place = str(rng.choice(LOBES))
-        limit = 60 if "middle" in place else 130
-        return [
-            Lesion(
-                side=place.split()[0],
-                place=place,
-                size_mm=float(rng.integers(20, 36) * 2),
-                extent_mm=float(rng.uniform(30, limit)),
-                growth=str(rng.choice(GROWTHS)),
-                hu=float(rng.uniform(10, 50)),
-            )
-        ]
-    if name == "emphysema":
-        return [Lesion(side="both", place=str(rng.choice(["upper lobes", "lower lobes", "both lungs"])), hu=-995.0)]
-    if name == "cardiomegaly":
-        return [Lesion(place="heart", size_mm=float(rng.uniform(0.56, 0.66)))]  # a ratio, until the chest is known
-    if name == "aneurysm":
-        return [
-            Lesion(
-                place=str(rng.choice(["thoracic aorta", "abdominal aorta"])),
-                size_mm=float(rng.integers(23, 36) * 2),
-                extent_mm=float(rng.uniform(50, 140)),
-                growth=str(rng.choice(GROWTHS)),
-            )
-        ]
-    if name == "liver lesion":
-        count = int(rng.choice([1, 1, 2, 3, 3]))
-        largest = (46, 24, 16)[count - 1]
-        lesions = []
-        for _ in range(count):
-            which = side()
-            size = min(float(rng.integers(8, largest // 2 + 1) * 2), 26 if which == "left" else 60)
-            place = f"{which} lobe of the liver"
-            lesions.append(Lesion(side=which, place=place, size_mm=size, hu=-float(rng.uniform(60, 90))))
-        return sorted(lesions, key=lambda lesion: -lesion.size_mm)
-    if name == "renal stone":
-        which = side()
-        size = float(rng.integers(8, 17))
-        return [Lesion(side=which, place=f"{which} kidney", size_mm=size, hu=float(rng.uniform(700, 1400)))]
-    if name == "ascites":
-        amount = str(rng.choice(["small", "moderate", "large"]))
-        return [Lesion(place="peritoneum", amount=amount, hu=float(rng.uniform(2, 18)))]
-    loss = int(rng.choice([30, 40, 50, 60]))
-    return [Lesion(place=str(rng.choice(["thoracic spine", "lumbar spine"])), height_loss=loss, hu=430.0)]
 
 
 class _Scene:
@@ -737,7 +515,7 @@ class _Scene:
             findings=findings,
             acquisition=self.plan["acquisition"],
             heart_ratio=round(float(self.heart_ratio), 3),
-            held_out=any(_matches(f.name, lesion, phase) for f in findings for lesion in f.lesions),
+            held_out=any(is_held_out(f.name, lesion, phase) for f in findings for lesion in f.lesions),
             organ_areas=self.organ_areas,
         )
 

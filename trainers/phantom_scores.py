@@ -23,7 +23,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .phantom_anatomy import FINDINGS, PHASES
+from .phantom_labels import FINDINGS, PHASES
 from .phantom_texts import NUMBERS, PLACES, SIDED
 
 

@@ -33,8 +33,9 @@ from tqdm.auto import tqdm
 from ct_moe import DataError
 from ct_moe.hub.folder import new_folder
 
-from .phantom_anatomy import SPLITS, draw_phantom
+from .phantom_anatomy import draw_phantom
 from .phantom_files import ORIENTATIONS, plane_of, write_dicom, write_nifti
+from .phantom_labels import SPLITS
 from .phantom_texts import balanced, plane_row, questions, scan_rows
 
 

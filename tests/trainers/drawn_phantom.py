@@ -22,7 +22,8 @@ import numpy as np
 import pytest
 
 from ct_moe.trainers import phantom_anatomy
-from ct_moe.trainers.phantom_anatomy import FINDINGS, Phantom, draw_phantom
+from ct_moe.trainers.phantom_anatomy import draw_phantom
+from ct_moe.trainers.phantom_labels import FINDINGS, Phantom
 
 
 @dataclass
@@ -85,11 +86,11 @@ def drawn_phantom(seed: int, findings: tuple[str, ...] | None = None, split: str
 
 def coarse(patch: pytest.MonkeyPatch) -> None:
     """Let phantoms have a quarter of their voxels: for tests of what does not depend on them."""
-    plan = phantom_anatomy._plan
+    plan = phantom_anatomy.plan_phantom
 
     def coarse_plan(*arguments):
         planned = plan(*arguments)
         planned["acquisition"]["matrix"] = 96
         return planned
 
-    patch.setattr(phantom_anatomy, "_plan", coarse_plan)
+    patch.setattr(phantom_anatomy, "plan_phantom", coarse_plan)

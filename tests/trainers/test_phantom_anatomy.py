@@ -22,8 +22,9 @@ from drawn_phantom import coarse, drawn_phantom
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ct_moe.trainers import phantom_anatomy
-from ct_moe.trainers.phantom_anatomy import FINDINGS, HELD_OUT, LOBES, PHASES, draw_phantom
+from ct_moe.trainers.phantom_anatomy import draw_phantom
+from ct_moe.trainers.phantom_labels import FINDINGS, LOBES, PHASES
+from ct_moe.trainers.phantom_plan import HELD_OUT, plan_phantom
 
 
 SIGNS = {"left": 1, "right": -1}
@@ -275,7 +276,7 @@ def holds(lesions: dict, phase: str) -> bool:
 def test_combinations_are_held_out_and_acquisitions_too(split):
     # What is planned, since drawing takes longer by far; the next test draws.
     plans = [
-        phantom_anatomy._plan(np.random.default_rng([("train", "validation", "test").index(split), seed]), split, None)
+        plan_phantom(np.random.default_rng([("train", "validation", "test").index(split), seed]), split, None)
         for seed in range(600)
     ]
     met = [holds(plan["lesions"], plan["phase"]) for plan in plans]
@@ -302,7 +303,7 @@ def test_combinations_are_held_out_and_acquisitions_too(split):
 
 
 def test_attributes_of_held_out_combinations_are_seen_in_training_one_by_one():
-    plans = [phantom_anatomy._plan(np.random.default_rng([0, seed]), "train", None) for seed in range(400)]
+    plans = [plan_phantom(np.random.default_rng([0, seed]), "train", None) for seed in range(400)]
     for name, attribute, value, phase in HELD_OUT:
         assert any(
             getattr(lesion, attribute) == value for plan in plans for lesion in plan["lesions"].get(name, ())

@@ -16,7 +16,8 @@
 import numpy as np
 import pytest
 
-from ct_moe.trainers.phantom_anatomy import FINDINGS, LOBES, Lesion, draw_phantom
+from ct_moe.trainers.phantom_anatomy import draw_phantom
+from ct_moe.trainers.phantom_labels import FINDINGS, LOBES, Lesion
 from ct_moe.trainers.phantom_scores import (
     TOLERANCE_MM,
     ParsedFinding,

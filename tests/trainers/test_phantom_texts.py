@@ -25,7 +25,8 @@ from hypothesis import strategies as st
 from ct_moe.pipeline_ct_moe import REPORT_PROMPT
 from ct_moe.pipeline_ct_moe import split_report as sections
 from ct_moe.trainers import phantom_texts
-from ct_moe.trainers.phantom_anatomy import FINDINGS, PHASES, draw_phantom
+from ct_moe.trainers.phantom_anatomy import draw_phantom
+from ct_moe.trainers.phantom_labels import FINDINGS, PHASES
 from ct_moe.trainers.phantom_texts import (
     EXTENTS,
     GROWTH_TEXTS,
