@@ -104,7 +104,7 @@ def _lesions(rng: np.random.Generator, name: str) -> list[Lesion]:
             for place, size in zip(places, sizes)
         ]
     if name == "effusion":
-        amounts = {"small": (40, 60), "moderate": (75, 125), "large": (120, 175)}
+        amounts = {"small": (40, 60), "moderate": (75, 115), "large": (120, 175)}
         which = str(rng.choice(["left", "right", "both"]))
         amount = str(rng.choice(list(amounts)))
         extent = float(rng.uniform(*amounts[amount]))
