@@ -26,6 +26,7 @@ The primary endpoint, named before the first run: accuracy of all closed questio
 import argparse
 import hashlib
 import json
+import shutil
 import sys
 import tempfile
 import time
@@ -36,25 +37,27 @@ from typing import Any
 import torch
 from pretrain_base import SLICES
 from torch import nn
-from train_demo import make_model
+from train_demo import SETTINGS, demo_rows, make_model
+from transformers import AutoConfig, LlavaForConditionalGeneration
 
 from ct_moe import CTMoEError, CTMoEForConditionalGeneration, CTMoEProcessor
 from ct_moe.trainers.phantom_benchmark import evaluate_phantoms
-from ct_moe.trainers.recipe import Stage1Config, Stage2Config
-from ct_moe.trainers.rows import check_tasks, interleave_tasks, load_rows
+from ct_moe.trainers.recipe import StageConfig, load_recipe
+from ct_moe.trainers.rows import check_tasks
 from ct_moe.trainers.sft_trainer import CTMoESFTTrainer
 from ct_moe.trainers.stages import prepare_stage
 from ct_moe.trainers.volume_cache import VolumeCache
 
 
 TASKS = ("report", "vqa_closed", "vqa_open")
-EXPERTS, WIDTH = 4, 48  # per group; width of each
+EXPERTS, WIDTH = SETTINGS["num_experts"], SETTINGS["moe_intermediate_size"]  # per group; of each
 GROUPS = 1 + len(TASKS)
-BOTH = {"num_experts": EXPERTS, "moe_intermediate_size": WIDTH}
 DENSE = {"moe_layers": []}
 ALL_SLICES = SLICES["max_slices"]  # pz = all
-STEPS = (150, 75)  # of stage 1 and stage 2, 16 rows each
+STEPS = (150, 75)  # of stage 1 and stage 2, 16 rows each; all else as in the recipe of the demo model
+RECIPE = Path(__file__).with_name("recipe.yaml")
 SCORED_SCANS = 160
+ADDED = (".moe.", "guide_encoder.", "task_router.", "slice_scoring.")  # parts that the base does not have
 
 
 @dataclass
@@ -65,9 +68,9 @@ class Arm:
         question: letter of the claim.
         name: of the arm.
         seeds: how many runs.
-        convert: settings of the conversion.
+        convert: settings of the conversion, in place of those of the demo model.
         scans: training scans; `None` for all.
-        scratch: forget the pretrained weights.
+        scratch: forget the pretrained weights; the same network, scans and steps.
         two_stages: False: one stage of the same length that trains everything both stages train.
         groups: what the expert groups of a row are: "task" or "scan" (a hash of the scan's name).
         labelled: whether rows tell their task in training.
@@ -78,7 +81,7 @@ class Arm:
     question: str
     name: str
     seeds: int = 3
-    convert: dict[str, Any] = field(default_factory=lambda: dict(BOTH))
+    convert: dict[str, Any] = field(default_factory=dict)
     scans: int | None = None
     scratch: bool = False
     two_stages: bool = True
@@ -160,8 +163,8 @@ def arms() -> list[Arm]:
                 )
     # (e) Slice scores.
     found += [
-        Arm("e", "TG-IS, published", convert={**BOTH, "slice_scoring": "tgis", "tgis_variant": "paper"}),
-        Arm("e", "TG-IS, normalised", convert={**BOTH, "slice_scoring": "tgis", "tgis_temperature": 0.8}),
+        Arm("e", "TG-IS, published", convert={"slice_scoring": "tgis", "tgis_variant": "paper"}),
+        Arm("e", "TG-IS, normalised", convert={"slice_scoring": "tgis", "tgis_temperature": 0.8}),
     ]
     # (f) Tasks nobody named.
     found.append(Arm("f", "label-free routing", labelled=False))
@@ -172,9 +175,6 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=Path("phantoms"), help="folder written by ct-moe phantom")
     parser.add_argument("--base", type=Path, default=Path("phantom-base"), help="written by pretrain_base.py")
-    parser.add_argument(
-        "--scratch-base", type=Path, default=None, help="the same with --steps 0; by default BASE-scratch"
-    )
     parser.add_argument("--out", type=Path, default=Path("phantom-ablations"))
     parser.add_argument("--only", default="", help="letters of the claims to run, such as cd")
     parser.add_argument("--seeds", type=int, default=5, help="at most so many seeds of every arm")
@@ -227,10 +227,11 @@ def run(arm: Arm, seed: int, args: argparse.Namespace) -> dict[str, Any]:
     """Convert, train both stages, score."""
     started = time.monotonic()
     torch.manual_seed(seed)
-    base = args.base if not arm.scratch else args.scratch_base or args.base.with_name(f"{args.base.name}-scratch")
     with tempfile.TemporaryDirectory() as temporary:
-        folder = Path(temporary) / "model"
-        make_model(base, folder, **{"tasks": list(TASKS), "pool": [1, 2, 2], **arm.convert})
+        folder, base = Path(temporary) / "model", args.base
+        if arm.scratch:
+            base = forget(base, Path(temporary) / "base")
+        make_model(base, folder, **{**SETTINGS, "tasks": list(TASKS), **arm.convert})
         processor = CTMoEProcessor.from_pretrained(folder)
         model = CTMoEForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
         redraw_added(model, seed)
@@ -264,18 +265,27 @@ def run(arm: Arm, seed: int, args: argparse.Namespace) -> dict[str, Any]:
     return {**record, "seconds": round(time.monotonic() - started, 1)}
 
 
+def forget(base: Path, folder: Path) -> Path:
+    """The base with random weights, drawn as the library draws them."""
+    shutil.copytree(base, folder)
+    config = AutoConfig.from_pretrained(base, dtype="float32")
+    LlavaForConditionalGeneration(config).save_pretrained(folder)
+    return folder
+
+
 @torch.no_grad()
 def redraw_added(model: CTMoEForConditionalGeneration, seed: int) -> None:
-    """Other random weights in the experts of every run: conversion alone always draws the same."""
+    """Other random weights in what the base does not have, for every run: conversion alone always draws the same."""
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
-        if ".experts.up" in name or name.endswith("router.weight"):
-            parameter.copy_(parameter.std() * torch.randn(parameter.shape, generator=generator))
+        # Not what starts at one or zero, such as norms and the experts' outputs.
+        if any(part in name for part in ADDED) and parameter.std() > 0:
+            parameter.copy_(parameter.mean() + parameter.std() * torch.randn(parameter.shape, generator=generator))
 
 
 def train(model, processor, arm: Arm, seed: int, args: argparse.Namespace, folder: Path) -> list[int]:
     """Both stages in memory; returns their steps."""
-    rows = load_rows(args.data / "train.jsonl")
+    rows = demo_rows(args.data / "train.jsonl")
     kept = set(sorted({row[0] for row in rows["images"]})[: arm.scans])
     if arm.scans is not None:
         rows = rows.filter(lambda row: row["images"][0] in kept)
@@ -284,46 +294,35 @@ def train(model, processor, arm: Arm, seed: int, args: argparse.Namespace, folde
     if not arm.labelled or not model.config.tasks:
         rows = rows.map(lambda row: {"task": None})
     rows = check_tasks(rows, list(model.config.tasks))
-    stages = [(Stage1Config, {"train_task_groups": "off"}), (Stage2Config, {})]
-    steps = list(args.steps)
-    if not arm.two_stages:
-        stages = [(Stage2Config, {"train_volume_layers": "full", "train_shared_group": "full"})]
-        steps = [sum(steps)]
-    for number, ((kind, settings), count) in enumerate(zip(stages, steps)):
-        experts = bool(model.config.vision_config.moe_layers) and bool(model.config.tasks)
-        if kind is Stage2Config and (arm.task_embedding or not experts):
-            settings = {**settings, "train_task_groups": "off"}
-        stage = kind(
-            output_dir=str(folder / f"stage{number}"),
-            max_steps=count,
-            per_device_train_batch_size=16,
-            learning_rate=6e-4,
-            learning_rates={"language_model": 3e-4, "volume_layers": 3e-4},
-            train_language_model="full",
-            lr_scheduler_type="cosine",
-            warmup_steps=0.05,
-            bf16=True,
-            use_cpu=not torch.cuda.is_available(),
-            volume_cache=str(args.data / "slices"),
-            dataloader_num_workers=1,
-            gradient_checkpointing=False,
-            save_strategy="no",
-            report_to="none",
-            logging_steps=50,
-            disable_tqdm=True,
-            seed=seed,
-            even_tasks=False,
-            **settings,
-        )
-        drawn = rows
-        if kind is Stage2Config and arm.labelled and model.config.tasks:
-            drawn = interleave_tasks(rows, seed=seed, tasks=list(model.config.tasks))
+    stages = stage_configs(model, arm, seed, args, folder)
+    for stage in stages:
         prepare_stage(model, stage)
         if arm.task_embedding:
             model.task_embedding.requires_grad_(True)
-        trainer = CTMoESFTTrainer(model=model, args=stage, train_dataset=drawn, processing_class=processor)
-        trainer.train()
-    return steps
+        CTMoESFTTrainer(model=model, args=stage, train_dataset=rows, processing_class=processor).train()
+    return [stage.max_steps for stage in stages]
+
+
+def stage_configs(model, arm: Arm, seed: int, args: argparse.Namespace, folder: Path) -> list[StageConfig]:
+    """The stages of the demo model's recipe, shortened."""
+    settings = {
+        "output_dir": str(folder),
+        "volume_cache": str(args.data / "slices"),
+        "use_cpu": not torch.cuda.is_available(),
+        "save_strategy": "no",
+        "logging_steps": 50,
+        "disable_tqdm": True,
+        "seed": seed,
+        "stage1.max_steps": args.steps[0],
+        "stage2.max_steps": args.steps[1],
+    }
+    if arm.task_embedding or not (model.config.vision_config.moe_layers and model.config.tasks):
+        settings["stage2.train_task_groups"] = "off"
+    if not arm.two_stages:
+        settings |= {"stage2.train_volume_layers": "full", "stage2.train_shared_group": "full"}
+        settings["stage2.max_steps"] = sum(args.steps)
+    recipe = load_recipe(RECIPE, [f"{name}={json.dumps(value)}" for name, value in settings.items()])
+    return [recipe.stage1, recipe.stage2] if arm.two_stages else [recipe.stage2]
 
 
 def scan_hash(name: str) -> int:

@@ -19,7 +19,7 @@
 The base is a LLaVA (CLIP tower, MLP projector, Llama) in the library's own format, made as real ones are: the tower
 learns to tell which findings, organs and phase the caption of a slice names; then all of it learns to caption and to
 answer from slices. It never sees two slices of one scan together. Cut off, the same command goes on with the tower it
-has. `--tower-steps 0 --steps 0` writes the untrained network.
+has.
 """
 
 import argparse

@@ -27,6 +27,7 @@ import os
 import sys
 from pathlib import Path
 
+from datasets import Dataset
 from pretrain_base import SLICES
 
 import ct_moe
@@ -57,10 +58,18 @@ def main() -> None:
         rows = args.data / "train.jsonl"
         places = {"model": model, "train_data": rows, "output_dir": args.work, "volume_cache": args.data / "slices"}
         recipe = load_recipe(args.recipe, [f"{name}={json.dumps(str(place))}" for name, place in places.items()])
-        save_small(train_two_stage(dataset=load_rows(rows), recipe=recipe), args.out)
+        save_small(train_two_stage(dataset=demo_rows(rows), recipe=recipe), args.out)
     except CTMoEError as error:
         sys.exit(f"train_demo: error: {error}")
     print(f"Wrote {args.out}. Measure it: python examples/phantom/evaluate.py --model {args.out} --data {args.data}")
+
+
+def demo_rows(file: Path) -> Dataset:
+    """The rows of the training split, with reports and what no slice answers alone twice."""
+    rows = load_rows(file)
+    with file.open(encoding="utf-8") as lines:
+        kinds = [json.loads(line)["kind"] for line in lines]
+    return rows.select([*range(len(kinds)), *(i for i, k in enumerate(kinds) if k in ("report", "between_slices"))])
 
 
 def make_model(base: Path, folder: Path, **settings) -> None:

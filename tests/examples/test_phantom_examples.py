@@ -37,13 +37,11 @@ def run(folder: Path, *command: object) -> str:
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Phantoms, a base and an untrained base."""
+    """Phantoms and a base."""
     folder = tmp_path_factory.mktemp("phantom")
     run(folder, "-m", "ct_moe.hub.cli", "phantom", "phantoms", "--n", 6, "--validation", 4, "--test", 4)
     base = [EXAMPLES / "pretrain_base.py", "--data", "phantoms"]
     run(folder, *base, "--out", "phantom-base", "--tower-steps", 2, "--steps", 2)
-    nothing = ["--tower-steps", 0, "--steps", 0]
-    run(folder, *base, "--out", "phantom-base-scratch", *nothing)
     return folder
 
 
