@@ -55,7 +55,7 @@ from ct_moe.hub.conversion import convert_base
 from ct_moe.hub.folder import load_folder
 from ct_moe.hub.tiny_base import build_tiny_base, radiology_sentences
 from ct_moe.trainers import CTMoESFTTrainer, Stage1Config, Stage2Config, prepare_stage
-from ct_moe.trainers.phantom import write_phantom
+from ct_moe.trainers.phantoms.chest import write_phantom
 
 
 # Of tower and language model: width, width inside an MLP, layers, heads; then pixels and vocabulary.

@@ -29,9 +29,9 @@ from pathlib import Path
 import numpy as np
 
 from ct_moe import CTMoEError, load_volume
-from ct_moe.trainers.phantom_anatomy import draw_phantom
-from ct_moe.trainers.phantom_files import write_nifti
-from ct_moe.trainers.phantom_texts import Question, questions, report_text
+from ct_moe.trainers.phantoms.anatomy import draw_phantom
+from ct_moe.trainers.phantoms.files import write_nifti
+from ct_moe.trainers.phantoms.texts import Question, questions, report_text
 
 
 MODEL = Path(__file__).with_name("demo_model")

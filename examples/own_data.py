@@ -30,7 +30,7 @@ from pathlib import Path
 
 from ct_moe import CTMoEError
 from ct_moe.pipeline_ct_moe import REPORT_PROMPT  # what pipeline("ct-report") asks: train the task "report" on it
-from ct_moe.trainers.phantom import write_phantom
+from ct_moe.trainers.phantoms.chest import write_phantom
 
 
 QUESTIONS = {  # task: prompt, completion

@@ -316,7 +316,7 @@ def phantom(
 ) -> None:
     """Draw synthetic CT scans of known content, with reports, questions and answers to train and measure on."""
     with _quiet_libraries():
-        from ct_moe.trainers.phantom_set import write_phantoms
+        from ct_moe.trainers.phantoms.data_set import write_phantoms
 
         rows = write_phantoms(
             out, n=n, seed=seed, validation=validation, test=test, file_format=file_format, workers=workers

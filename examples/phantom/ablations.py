@@ -41,7 +41,7 @@ from train_demo import SETTINGS, demo_rows, make_model
 from transformers import AutoConfig, LlavaForConditionalGeneration
 
 from ct_moe import CTMoEError, CTMoEForConditionalGeneration, CTMoEProcessor
-from ct_moe.trainers.phantom_benchmark import evaluate_phantoms
+from ct_moe.trainers.phantoms.benchmark import evaluate_phantoms
 from ct_moe.trainers.recipe import StageConfig, load_recipe
 from ct_moe.trainers.rows import check_tasks
 from ct_moe.trainers.sft_trainer import CTMoESFTTrainer

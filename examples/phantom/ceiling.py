@@ -31,9 +31,9 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from ct_moe import CTMoEError, CTMoEProcessor
-from ct_moe.trainers.phantom_benchmark import read_split
-from ct_moe.trainers.phantom_labels import FINDINGS
-from ct_moe.trainers.phantom_scores import f1_score
+from ct_moe.trainers.phantoms.benchmark import read_split
+from ct_moe.trainers.phantoms.labels import FINDINGS
+from ct_moe.trainers.phantoms.scores import f1_score
 from ct_moe.trainers.volume_cache import VolumeCache
 
 

@@ -26,8 +26,8 @@ from pathlib import Path
 import torch
 
 from ct_moe import CTMoEError, CTMoEForConditionalGeneration, CTMoEProcessor
-from ct_moe.trainers.phantom_benchmark import evaluate_phantoms, format_scores
-from ct_moe.trainers.phantom_controls import CONTROL_NAMES
+from ct_moe.trainers.phantoms.benchmark import evaluate_phantoms, format_scores
+from ct_moe.trainers.phantoms.controls import CONTROL_NAMES
 from ct_moe.trainers.volume_cache import VolumeCache
 
 

@@ -42,8 +42,8 @@ from transformers import AutoProcessor, LlavaForConditionalGeneration, Trainer, 
 from ct_moe import CTMoEError, CTMoEImageProcessor, DataError
 from ct_moe.hub.folder import new_folder
 from ct_moe.hub.tiny_base import build_tiny_base
-from ct_moe.trainers.phantom_labels import FINDINGS, PHASES
-from ct_moe.trainers.phantom_texts import (
+from ct_moe.trainers.phantoms.labels import FINDINGS, PHASES
+from ct_moe.trainers.phantoms.texts import (
     SIDED,
     slice_findings,
     slice_organs,

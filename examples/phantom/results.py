@@ -38,7 +38,7 @@ import numpy as np
 from ablations import arms
 
 from ct_moe import CTMoEError, DataError
-from ct_moe.trainers.bootstrap import bootstrap_interval, paired_bootstrap_interval
+from ct_moe.trainers.evaluation.bootstrap import bootstrap_interval, paired_bootstrap_interval
 
 
 REFERENCE = ("c", "both levels")
@@ -319,7 +319,7 @@ class _Answer:
 
     @property
     def is_open(self) -> bool:
-        return self.key[1].startswith("open ")  # templates of open questions do: phantom_texts.py
+        return self.key[1].startswith("open ")  # templates of open questions do: phantoms/texts.py
 
     @property
     def topic(self) -> str:

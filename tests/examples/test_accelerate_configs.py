@@ -45,7 +45,7 @@ from torch.distributed.fsdp import OffloadPolicy
 
 from ct_moe.hub.folder import load_folder
 from ct_moe.pipeline_ct_moe import REPORT_PROMPT
-from ct_moe.trainers.phantom import write_phantom
+from ct_moe.trainers.phantoms.chest import write_phantom
 
 
 FOLDER = Path(__file__).parents[2] / "examples" / "accelerate"

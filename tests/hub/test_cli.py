@@ -352,7 +352,7 @@ def test_control_characters_do_not_reach_the_terminal():
 
 @pytest.fixture
 def recipe(model_folder, tmp_path):
-    from ct_moe.trainers.phantom import write_phantom
+    from ct_moe.trainers.phantoms.chest import write_phantom
 
     write_phantom(tmp_path / "scan.nii.gz", shape=(3, 16, 16))
     (tmp_path / "rows.csv").write_text(

@@ -20,7 +20,7 @@ import torch
 from transformers import AutoProcessor
 
 from ct_moe import CTMoEProcessor, PromptError, VolumeError
-from ct_moe.trainers.phantom import write_phantom
+from ct_moe.trainers.phantoms.chest import write_phantom
 
 
 @pytest.fixture(scope="module")

@@ -20,7 +20,7 @@ from ct_moe import load_volume
 from ct_moe.hub.conversion import convert_base
 from ct_moe.hub.folder import load_folder
 from ct_moe.hub.tiny_base import build_tiny_base
-from ct_moe.trainers.phantom import write_phantom
+from ct_moe.trainers.phantoms.chest import write_phantom
 
 
 QUESTION = "Is there a pleural effusion?"

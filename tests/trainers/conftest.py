@@ -20,7 +20,7 @@ import torch
 from datasets import Dataset
 from toy_rows import ANSWERS, TASKS, row
 
-from ct_moe.trainers.phantom import write_phantom
+from ct_moe.trainers.phantoms.chest import write_phantom
 
 
 @pytest.fixture(scope="session")

@@ -31,7 +31,7 @@ from hypothesis import strategies as st
 from torch.utils.data import DataLoader
 
 from ct_moe import DataError, load_volume
-from ct_moe.trainers.phantom import write_phantom
+from ct_moe.trainers.phantoms.chest import write_phantom
 from ct_moe.trainers.rows import ROW_FEATURES, check_tasks, count_tasks, interleave_tasks, load_rows
 
 

@@ -36,7 +36,7 @@ from filelock import FileLock
 from torch.utils.data import DataLoader, Dataset
 
 from ct_moe import CTMoEImageProcessor, TrainingError, VolumeError, load_volume
-from ct_moe.trainers.phantom import write_phantom
+from ct_moe.trainers.phantoms.chest import write_phantom
 from ct_moe.trainers.volume_cache import VolumeCache
 
 

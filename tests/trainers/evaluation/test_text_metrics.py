@@ -24,7 +24,7 @@ import pytest
 from nltk.translate.bleu_score import corpus_bleu, sentence_bleu
 
 from ct_moe import CTMoEError, DataError
-from ct_moe.trainers.text_metrics import text_metrics, text_scores
+from ct_moe.trainers.evaluation.text_metrics import text_metrics, text_scores
 
 
 LUNGS = ("the lungs are clear and the heart is normal", "the lungs are clear and the heart is large")
@@ -39,7 +39,7 @@ sys.addaudithook(refuse)
 import nltk
 nltk.data.path[:] = [os.environ["NLTK_DATA"]]  # none of the machine's own
 from ct_moe import CTMoEError
-from ct_moe.trainers.text_metrics import text_scores
+from ct_moe.trainers.evaluation.text_metrics import text_scores
 meteor = {"True": True, "None": None}[sys.argv[1]]
 try:
     print(text_scores(sys.argv[2::2], sys.argv[3::2], meteor=meteor).get("meteor"))
@@ -136,7 +136,7 @@ def test_a_missing_library_is_named_with_its_extra(library, module, monkeypatch)
 
 def test_importing_the_module_loads_no_library():
     libraries = "{'sacrebleu', 'rouge_score', 'nltk', 'numpy', 'torch'}"
-    script = f"import sys, ct_moe.trainers.text_metrics; print({libraries} & {{*sys.modules}})"
+    script = f"import sys, ct_moe.trainers.evaluation.text_metrics; print({libraries} & {{*sys.modules}})"
     run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True)
     assert run.stdout.strip() == "set()"
 

@@ -24,10 +24,10 @@ from hypothesis import strategies as st
 
 from ct_moe.pipeline_ct_moe import REPORT_PROMPT
 from ct_moe.pipeline_ct_moe import split_report as sections
-from ct_moe.trainers import phantom_texts
-from ct_moe.trainers.phantom_anatomy import draw_phantom
-from ct_moe.trainers.phantom_labels import FINDINGS, PHASES
-from ct_moe.trainers.phantom_texts import (
+from ct_moe.trainers.phantoms import texts
+from ct_moe.trainers.phantoms.anatomy import draw_phantom
+from ct_moe.trainers.phantoms.labels import FINDINGS, PHASES
+from ct_moe.trainers.phantoms.texts import (
     EXTENTS,
     GROWTH_TEXTS,
     KINDS,
@@ -110,7 +110,7 @@ def words(text: str) -> set[str]:
     return set(re.findall(r"[A-Za-z-]+|\d|[^\w\s]", text))
 
 
-def texts(scans, asked, split) -> list[str]:
+def all_texts(scans, asked, split) -> list[str]:
     found = []
     for number, (labels, pool) in enumerate(pairs(scans, asked, split)):
         for attempt in range(2):
@@ -125,8 +125,8 @@ def texts(scans, asked, split) -> list[str]:
 
 
 def test_no_word_of_the_test_split_is_new(scans, asked):
-    trained = set().union(*map(words, texts(scans, asked, "train")))
-    tested = set().union(*map(words, texts(scans, asked, "test")))
+    trained = set().union(*map(words, all_texts(scans, asked, "train")))
+    tested = set().union(*map(words, all_texts(scans, asked, "test")))
     assert {word.lower() for word in tested} <= {word.lower() for word in trained}
     # Written otherwise than in training: to a tokenizer another word, so let there be no more of them.
     assert tested - trained <= {"On", "Scan", "what"}
@@ -143,7 +143,7 @@ def test_no_sentence_of_the_test_split_was_trained(scans, asked):
             findings, _ = split_report(report_text(labels, np.random.default_rng(number), split))
             found |= {masked(sentence) for sentence in re.findall(r"[^.]+\.", findings)}
     assert not sentences["train"] & sentences["test"]
-    for wordings in phantom_texts._QUESTIONS.values():
+    for wordings in texts._QUESTIONS.values():
         assert not set(wordings[0]) & set(wordings[1])
 
 
@@ -324,7 +324,7 @@ def test_growth_is_read_from_areas(growth, slices, below, largest):
         "middle": 0.35 + 0.65 * np.sqrt(1 - (2 * position - 1) ** 2),
         "constant": np.ones(slices),
     }[growth]
-    assert phantom_texts._measured_growth([0.0] * below + list(largest * width**2) + [0.0]) == growth
+    assert texts._measured_growth([0.0] * below + list(largest * width**2) + [0.0]) == growth
 
 
 def test_no_answer_is_the_usual_one(scans, asked):

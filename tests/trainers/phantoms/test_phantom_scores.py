@@ -16,9 +16,9 @@
 import numpy as np
 import pytest
 
-from ct_moe.trainers.phantom_anatomy import draw_phantom
-from ct_moe.trainers.phantom_labels import FINDINGS, LOBES, Lesion
-from ct_moe.trainers.phantom_scores import (
+from ct_moe.trainers.phantoms.anatomy import draw_phantom
+from ct_moe.trainers.phantoms.labels import FINDINGS, LOBES, Lesion
+from ct_moe.trainers.phantoms.scores import (
     TOLERANCE_MM,
     ParsedFinding,
     parse_report,
@@ -26,7 +26,7 @@ from ct_moe.trainers.phantom_scores import (
     score_open,
     score_reports,
 )
-from ct_moe.trainers.phantom_texts import questions, report_text, scan_rows
+from ct_moe.trainers.phantoms.texts import questions, report_text, scan_rows
 
 
 CHOICES = ["lung", "liver", "heart", "spine"]

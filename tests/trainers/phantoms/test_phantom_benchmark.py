@@ -24,13 +24,14 @@ import torch
 from transformers import pipeline
 
 from ct_moe import DataError
-from ct_moe.trainers import answering, phantom_benchmark
-from ct_moe.trainers.answering import MAX_NEW_TOKENS, Answer, answer_rows
-from ct_moe.trainers.phantom_benchmark import evaluate_phantoms, format_scores, majority_answers, read_split
-from ct_moe.trainers.phantom_controls import CONTROL_NAMES
-from ct_moe.trainers.phantom_scores import score_reports
-from ct_moe.trainers.phantom_set import write_phantoms
-from ct_moe.trainers.phantom_texts import KINDS
+from ct_moe.trainers.evaluation import answering
+from ct_moe.trainers.evaluation.answering import MAX_NEW_TOKENS, Answer, answer_rows
+from ct_moe.trainers.phantoms import benchmark
+from ct_moe.trainers.phantoms.benchmark import evaluate_phantoms, format_scores, majority_answers, read_split
+from ct_moe.trainers.phantoms.controls import CONTROL_NAMES
+from ct_moe.trainers.phantoms.data_set import write_phantoms
+from ct_moe.trainers.phantoms.scores import score_reports
+from ct_moe.trainers.phantoms.texts import KINDS
 from ct_moe.trainers.volume_cache import VolumeCache
 
 
@@ -211,7 +212,7 @@ def mixed(tiny, data) -> dict:
         return [Answer(texts[index - 1] if index % 3 == 2 else text, 0) for index, text in enumerate(texts)]
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(phantom_benchmark, "answer_rows", tell)
+        patch.setattr(benchmark, "answer_rows", tell)
         found = evaluate_phantoms(*tiny, data, progress=False)
     right = [record["right"] for record in found["answers"] if record["right"] is not None]
     assert 0.5 < np.mean(right) < 0.9
@@ -296,7 +297,7 @@ def test_every_answer_tells_the_group_that_gave_it(result, tiny):
 
 def test_scores_count_right_answers(tiny, data, limits, monkeypatch):
     """With answers put in its mouth a model has every score that follows from them."""
-    from ct_moe.trainers.phantom_controls import flipped, flipped_answer
+    from ct_moe.trainers.phantoms.controls import flipped, flipped_answer
 
     def tell(model, processor, rows, *, change=None, **settings):
         said = []
@@ -309,7 +310,7 @@ def test_scores_count_right_answers(tiny, data, limits, monkeypatch):
             said.append(Answer(text, 0))
         return said
 
-    monkeypatch.setattr(phantom_benchmark, "answer_rows", tell)
+    monkeypatch.setattr(benchmark, "answer_rows", tell)
     told = evaluate_phantoms(*tiny, data, controls=("blind", "flipped"), progress=False)
     closed = [row for row in lines(data / "test.jsonl") if row["task"] == "vqa_closed"]
     for name in ("accuracy", "m3d", "mean_of_kinds"):
@@ -393,7 +394,7 @@ def test_a_task_can_be_forced_throughout(tiny, data, cache, limits):
 
 @pytest.mark.parametrize("missing", ["test_labels.jsonl", "test.jsonl", "train.jsonl"])
 def test_a_missing_file_is_named_before_anything_is_answered(tiny, data, missing, tmp_path, monkeypatch):
-    monkeypatch.setattr(phantom_benchmark, "answer_rows", lambda *args, **settings: pytest.fail("answered"))
+    monkeypatch.setattr(benchmark, "answer_rows", lambda *args, **settings: pytest.fail("answered"))
     for name in {"test_labels.jsonl", "test.jsonl", "train.jsonl"} - {missing}:
         (tmp_path / name).write_bytes((data / name).read_bytes())
     with pytest.raises(DataError, match=re.escape(missing)):

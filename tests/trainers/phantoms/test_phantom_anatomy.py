@@ -22,9 +22,9 @@ from drawn_phantom import coarse, drawn_phantom
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from ct_moe.trainers.phantom_anatomy import draw_phantom
-from ct_moe.trainers.phantom_labels import FINDINGS, LOBES, PHASES
-from ct_moe.trainers.phantom_plan import HELD_OUT, plan_phantom
+from ct_moe.trainers.phantoms.anatomy import draw_phantom
+from ct_moe.trainers.phantoms.labels import FINDINGS, LOBES, PHASES
+from ct_moe.trainers.phantoms.plan import HELD_OUT, plan_phantom
 
 
 SIGNS = {"left": 1, "right": -1}

@@ -21,9 +21,9 @@ from dataclasses import dataclass, field
 import numpy as np
 import pytest
 
-from ct_moe.trainers import phantom_anatomy
-from ct_moe.trainers.phantom_anatomy import draw_phantom
-from ct_moe.trainers.phantom_labels import FINDINGS, Phantom
+from ct_moe.trainers.phantoms import anatomy
+from ct_moe.trainers.phantoms.anatomy import draw_phantom
+from ct_moe.trainers.phantoms.labels import FINDINGS, Phantom
 
 
 @dataclass
@@ -31,7 +31,7 @@ class Drawn:
     """One phantom and how it came to be; `x` grows to the patient's left, `y` to the back, `z` to the head."""
 
     phantom: Phantom
-    scene: phantom_anatomy._Scene
+    scene: anatomy._Scene
     clean: np.ndarray
     steps: dict[str, tuple[np.ndarray, np.ndarray]] = field(default_factory=dict)
 
@@ -60,7 +60,7 @@ class Drawn:
 
 def drawn_phantom(seed: int, findings: tuple[str, ...] | None = None, split: str = "train") -> Drawn:
     steps, kept = {}, {}
-    scene_class = phantom_anatomy._Scene
+    scene_class = anatomy._Scene
     finish = scene_class.finish
 
     def watch(name, draw):
@@ -86,11 +86,11 @@ def drawn_phantom(seed: int, findings: tuple[str, ...] | None = None, split: str
 
 def coarse(patch: pytest.MonkeyPatch) -> None:
     """Let phantoms have a quarter of their voxels: for tests of what does not depend on them."""
-    plan = phantom_anatomy.plan_phantom
+    plan = anatomy.plan_phantom
 
     def coarse_plan(*arguments):
         planned = plan(*arguments)
         planned["acquisition"]["matrix"] = 96
         return planned
 
-    patch.setattr(phantom_anatomy, "plan_phantom", coarse_plan)
+    patch.setattr(anatomy, "plan_phantom", coarse_plan)

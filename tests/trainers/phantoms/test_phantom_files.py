@@ -27,9 +27,9 @@ from hypothesis import strategies as st
 from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian
 
 from ct_moe import CTMoEError, DataError, load_volume
-from ct_moe.trainers.phantom_anatomy import draw_phantom
-from ct_moe.trainers.phantom_files import ORIENTATIONS, plane_of, write_dicom, write_nifti
-from ct_moe.trainers.phantom_labels import PHASES, Phantom
+from ct_moe.trainers.phantoms.anatomy import draw_phantom
+from ct_moe.trainers.phantoms.files import ORIENTATIONS, plane_of, write_dicom, write_nifti
+from ct_moe.trainers.phantoms.labels import PHASES, Phantom
 
 
 EVERY_ORIENTATION = [

@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 
-from .volume_cache import VolumeCache
+from ..volume_cache import VolumeCache
 
 
 MAX_NEW_TOKENS = {"report": 256, "vqa_closed": 16, "vqa_open": 32}

@@ -29,9 +29,10 @@ import pytest
 from drawn_phantom import coarse
 
 from ct_moe import CTMoEError, DataError, ModelError, load_volume
-from ct_moe.trainers import load_rows, phantom_set
-from ct_moe.trainers.phantom_anatomy import draw_phantom
-from ct_moe.trainers.phantom_set import write_phantoms
+from ct_moe.trainers import load_rows
+from ct_moe.trainers.phantoms import data_set
+from ct_moe.trainers.phantoms.anatomy import draw_phantom
+from ct_moe.trainers.phantoms.data_set import write_phantoms
 
 
 SIZES = {"train": 8, "validation": 2, "test": 3}
@@ -113,7 +114,7 @@ def test_every_scan_reads_as_the_phantom_of_its_labels(written, monkeypatch):
 
 def test_left_is_left_when_read_from_disk(tmp_path, monkeypatch):
     coarse(monkeypatch)
-    monkeypatch.setattr(phantom_set, "draw_phantom", lambda seed, split: draw_phantom(seed, split, ("renal stone",)))
+    monkeypatch.setattr(data_set, "draw_phantom", lambda seed, split: draw_phantom(seed, split, ("renal stone",)))
     write(tmp_path / "set", n=12, validation=0, test=0, file_format="nifti")
     sides = set()
     for record in lines(tmp_path / "set" / "train_labels.jsonl"):
@@ -179,7 +180,7 @@ def test_sizes_of_the_other_splits_have_defaults(tmp_path, monkeypatch):
     def count(folder, split, size, *_):
         return asked.setdefault(split, size)
 
-    monkeypatch.setattr(phantom_set, "_write_split", count)
+    monkeypatch.setattr(data_set, "_write_split", count)
     write(tmp_path / "few", n=8, validation=None, test=None)
     assert asked == {"train": 8, "validation": 4, "test": 4}
     asked.clear()
@@ -221,14 +222,14 @@ def test_what_is_there_is_never_overwritten(tmp_path):
 )
 def test_a_set_that_was_cut_off_is_not_there(tmp_path, monkeypatch, raised, expected, message):
     coarse(monkeypatch)
-    write_nifti = phantom_set.write_nifti
+    write_nifti = data_set.write_nifti
 
     def fail(phantom, path, orientation):
         if "validation" in str(path):
             raise raised
         return write_nifti(phantom, path, orientation)
 
-    monkeypatch.setattr(phantom_set, "write_nifti", fail)
+    monkeypatch.setattr(data_set, "write_nifti", fail)
     with pytest.raises(expected, match=message):
         write(tmp_path / "deep" / "set", n=1, file_format="nifti")
     assert not list(tmp_path.iterdir())
@@ -238,7 +239,7 @@ def script(tmp_path: Path, out: Path, *, guarded: bool = True, n: int = 6) -> li
     call = f"write_phantoms({str(out)!r}, n={n}, validation=0, test=0, workers=2)"
     path = tmp_path / "script.py"
     guard = "if __name__ == '__main__':\n    " if guarded else ""
-    path.write_text(f"from ct_moe.trainers.phantom_set import write_phantoms\n{guard}{call}\n")
+    path.write_text(f"from ct_moe.trainers.phantoms.data_set import write_phantoms\n{guard}{call}\n")
     return [sys.executable, str(path)]
 
 

@@ -18,7 +18,7 @@ Every attribute is drawn alone, but for `HELD_OUT`: combinations that only the t
 
 import numpy as np
 
-from .phantom_labels import FINDINGS, GROWTHS, LOBES, PHASES, Lesion
+from .labels import FINDINGS, GROWTHS, LOBES, PHASES, Lesion
 
 
 # (finding, attribute, value, phase) that never meet in train and validation: half of the test scans hold one of them.

@@ -21,8 +21,8 @@ import numpy as np
 import pytest
 
 from ct_moe import DataError
-from ct_moe.trainers import bootstrap
-from ct_moe.trainers.bootstrap import bootstrap_interval, paired_bootstrap_interval
+from ct_moe.trainers.evaluation import bootstrap
+from ct_moe.trainers.evaluation.bootstrap import bootstrap_interval, paired_bootstrap_interval
 
 
 # Four scans with 1 to 4 questions, their rows mixed.

@@ -14,7 +14,7 @@
 """What a model says about phantoms, against the truth: `score_closed`, `score_open`, `parse_report`, `score_reports`.
 
 Reports are parsed back into labels by rules that know the nouns of the findings, negation and the words for places and
-sizes, not the sentences of `phantom_texts`: other wordings of the same content are read as well.
+sizes, not the sentences of `texts`: other wordings of the same content are read as well.
 """
 
 import re
@@ -23,8 +23,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .phantom_labels import FINDINGS, PHASES
-from .phantom_texts import NUMBERS, PLACES, SIDED
+from .labels import FINDINGS, PHASES
+from .texts import NUMBERS, PLACES, SIDED
 
 
 # A number is right within this many mm. Extents cannot be told more finely than the slabs (18 mm in the demo model).

@@ -29,7 +29,7 @@ import numpy as np
 
 from ct_moe.pipeline_ct_moe import REPORT_PROMPT
 
-from .phantom_labels import FINDINGS, LOBES, PHASES
+from .labels import FINDINGS, LOBES, PHASES
 
 
 KINDS = ("phase", "organ", "abnormality", "location", "between_slices")  # counted in totals; "plane" never is

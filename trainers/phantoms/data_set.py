@@ -33,10 +33,10 @@ from tqdm.auto import tqdm
 from ct_moe import DataError
 from ct_moe.hub.folder import new_folder
 
-from .phantom_anatomy import draw_phantom
-from .phantom_files import ORIENTATIONS, plane_of, write_dicom, write_nifti
-from .phantom_labels import SPLITS
-from .phantom_texts import balanced, plane_row, questions, scan_rows
+from .anatomy import draw_phantom
+from .files import ORIENTATIONS, plane_of, write_dicom, write_nifti
+from .labels import SPLITS
+from .texts import balanced, plane_row, questions, scan_rows
 
 
 def write_phantoms(

@@ -21,7 +21,7 @@ import numpy as np
 
 from ct_moe import CTMoEError, DataError
 
-from .phantom_labels import Phantom
+from .labels import Phantom
 
 
 # Axis codes of the stored array, by whether the acquisition is one of the test split alone. The last letter is the

@@ -22,8 +22,8 @@ exactly. Good for testing what a network can learn, not for teaching it medicine
 
 import numpy as np
 
-from .phantom_labels import FINDINGS, SPLITS, Finding, Lesion, Phantom
-from .phantom_plan import is_held_out, plan_phantom
+from .labels import FINDINGS, SPLITS, Finding, Lesion, Phantom
+from .plan import is_held_out, plan_phantom
 
 
 # HU of (blood in the aorta, in the heart, liver, spleen, kidney, renal pelvis) in each phase.

@@ -19,8 +19,8 @@ import numpy as np
 import pytest
 
 from ct_moe import CTMoEImageProcessor, Volume
-from ct_moe.trainers.phantom_anatomy import draw_phantom
-from ct_moe.trainers.phantom_controls import (
+from ct_moe.trainers.phantoms.anatomy import draw_phantom
+from ct_moe.trainers.phantoms.controls import (
     best_slab,
     blind,
     flipped,
@@ -29,7 +29,7 @@ from ct_moe.trainers.phantom_controls import (
     shuffled_slices,
     single_slice,
 )
-from ct_moe.trainers.phantom_files import write_nifti
+from ct_moe.trainers.phantoms.files import write_nifti
 
 
 AIR = -1024

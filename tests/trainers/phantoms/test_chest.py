@@ -17,7 +17,7 @@ import numpy as np
 import SimpleITK as sitk
 
 from ct_moe import load_volume
-from ct_moe.trainers.phantom import write_phantom
+from ct_moe.trainers.phantoms.chest import write_phantom
 
 
 def test_phantom_is_a_chest_with_a_nodule_in_the_right_lung(tmp_path):

@@ -26,13 +26,13 @@ import numpy as np
 
 from ct_moe import DataError
 
-from .answering import Answer, answer_rows
-from .bootstrap import bootstrap_interval, paired_bootstrap_interval
-from .phantom_controls import CONTROL_NAMES, blind, flipped, flipped_answer, other_scan, shuffled_slices, single_slice
-from .phantom_scores import score_closed, score_open, score_reports
-from .phantom_texts import KINDS
-from .text_metrics import text_metrics
-from .volume_cache import VolumeCache
+from ..evaluation.answering import Answer, answer_rows
+from ..evaluation.bootstrap import bootstrap_interval, paired_bootstrap_interval
+from ..evaluation.text_metrics import text_metrics
+from ..volume_cache import VolumeCache
+from .controls import CONTROL_NAMES, blind, flipped, flipped_answer, other_scan, shuffled_slices, single_slice
+from .scores import score_closed, score_open, score_reports
+from .texts import KINDS
 
 
 def read_split(data: str | Path, split: str, scans: int | None = None) -> tuple[list[dict], dict[str, dict]]:
