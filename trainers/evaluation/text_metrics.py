@@ -18,10 +18,13 @@ tables others compare with; the metric is the mean over pairs. Each score cuts t
 """
 
 from collections.abc import Callable, Sequence
-from importlib import import_module
-from types import ModuleType
 
 from ct_moe import CTMoEError, DataError
+
+from .libraries import library
+
+
+_ORDERS = (1, 2, 3, 4)  # of BLEU
 
 
 def text_metrics(
@@ -39,7 +42,7 @@ def text_metrics(
         meteor: True to insist on METEOR, False to leave it out, None for METEOR where nltk finds its data.
 
     Returns:
-        `bleu1`, `bleu4`, `rouge1`, `rougeL`, `meteor` (see `meteor`) and `corpus_bleu4`.
+        `bleu1` to `bleu4`, `rouge1`, `rouge2`, `rougeL`, `meteor` (see `meteor`) and `corpus_bleu4`.
     """
     scores = text_scores(predictions, references, meteor=meteor)
     metrics = {name: sum(values) / len(values) for name, values in scores.items()}
@@ -52,11 +55,11 @@ def text_scores(
 ) -> dict[str, list[float]]:
     """Scores of every pair of texts, 0 to 100, for means, intervals and records.
 
-    - `bleu1`, `bleu4`: BLEU of one text with n-grams up to 1 or 4, by sacrebleu: 13a tokens, case kept, no smoothing,
-      with brevity penalty. `bleu1` is 100 times the `evaluate.load("bleu")` with `max_order=1` of M3D, whose tokenizer
+    - `bleu1` to `bleu4`: BLEU of one text with n-grams up to that length, by sacrebleu: 13a tokens, case kept, no
+      smoothing, with brevity penalty. `bleu1` is 100 times the `evaluate.load("bleu")` with `max_order=1` of M3D, whose tokenizer
       is a copy of sacrebleu's.
-    - `rouge1`, `rougeL`: F1 of words and of the longest common subsequence, by rouge-score: lower case, letters a-z
-      and digits only, no stemming, as in `evaluate.load("rouge")`.
+    - `rouge1`, `rouge2`, `rougeL`: F1 of words, of pairs of words and of the longest common subsequence, by
+      rouge-score: lower case, letters a-z and digits only, no stemming, as in `evaluate.load("rouge")`.
     - `meteor`: by nltk (Lavie and Agarwal 2007; alpha 0.9, beta 3, gamma 0.5) on the tokens of its `word_tokenize`, as
       in `evaluate.load("meteor")`: exact, stem and WordNet matches (nltk looks up stems, so that it misses synonyms
       whose stem is no word). Needs nltk's data `wordnet` and `punkt_tab` on disk; nothing is downloaded, and no
@@ -64,16 +67,17 @@ def text_scores(
 
     Arguments as in `text_metrics`.
     """
-    _check_texts(predictions, references)
-    bleu1, bleu4 = _bleu(max_order=1), _bleu(max_order=4)
-    rouge = _library("rouge_score.rouge_scorer").RougeScorer(["rouge1", "rougeL"], use_stemmer=False)
+    check_texts(predictions, references)
+    bleu = {f"bleu{order}": _bleu(max_order=order) for order in _ORDERS}
+    kinds = ["rouge1", "rouge2", "rougeL"]
+    rouge = library("rouge_score.rouge_scorer").RougeScorer(kinds, use_stemmer=False)
     meteor_of = None if meteor is False else _meteor(required=meteor is True)
-    scores = {name: [] for name in ("bleu1", "bleu4", "rouge1", "rougeL")}
+    scores: dict[str, list[float]] = {name: [] for name in (*bleu, *kinds)}
     if meteor_of is not None:
         scores["meteor"] = []
     for prediction, reference in zip(predictions, references):
-        scores["bleu1"].append(bleu1([prediction], [reference]))
-        scores["bleu4"].append(bleu4([prediction], [reference]))
+        for name, metric in bleu.items():
+            scores[name].append(metric([prediction], [reference]))
         for name, score in rouge.score(reference, prediction).items():
             scores[name].append(100 * score.fmeasure)
         if meteor_of is not None:
@@ -81,7 +85,8 @@ def text_scores(
     return scores
 
 
-def _check_texts(predictions: Sequence[str], references: Sequence[str]) -> None:
+def check_texts(predictions: Sequence[str], references: Sequence[str]) -> None:
+    """Raises `DataError` unless both are as many texts, and at least one."""
     for name, texts in (("predictions", predictions), ("references", references)):
         if isinstance(texts, str):
             raise DataError(name, "is one text", "Pass a list of texts")
@@ -97,7 +102,7 @@ def _check_texts(predictions: Sequence[str], references: Sequence[str]) -> None:
 
 def _bleu(max_order: int) -> Callable[[list[str], list[str]], float]:
     """BLEU of a corpus of predictions and references. One text is a corpus of one."""
-    metric = _library("sacrebleu.metrics").BLEU(
+    metric = library("sacrebleu.metrics").BLEU(
         max_ngram_order=max_order,
         tokenize="13a",
         smooth_method="none",
@@ -108,9 +113,9 @@ def _bleu(max_order: int) -> Callable[[list[str], list[str]], float]:
 
 def _meteor(required: bool) -> Callable[[str, str], float] | None:
     """METEOR of a prediction and its reference, 0 to 1. None where its data is missing and not required."""
-    wordnet = _library("nltk.corpus").wordnet
-    word_tokenize = _library("nltk.tokenize").word_tokenize
-    score = _library("nltk.translate.meteor_score").single_meteor_score
+    wordnet = library("nltk.corpus").wordnet
+    word_tokenize = library("nltk.tokenize").word_tokenize
+    score = library("nltk.translate.meteor_score").single_meteor_score
     missing = "WordNet"
     try:
         wordnet.ensure_loaded()
@@ -126,10 +131,3 @@ def _meteor(required: bool) -> Callable[[str, str], float] | None:
             "to that folder; or leave METEOR out",
         ) from error
     return lambda prediction, reference: score(word_tokenize(reference), word_tokenize(prediction))
-
-
-def _library(name: str) -> ModuleType:
-    try:
-        return import_module(name)
-    except ModuleNotFoundError as error:
-        raise CTMoEError(error.name, "is not installed", 'Run: pip install "ct-moe[eval]"') from error

@@ -69,7 +69,9 @@ def test_bleu1_worked_out_by_hand(prediction, reference, bleu1):
 
 def test_bleu4_worked_out_by_hand():
     assert score(*LUNGS)["bleu4"] == pytest.approx(100 * (8 / 9 * 7 / 8 * 6 / 7 * 5 / 6) ** (1 / 4))
-    assert score("no mass", "no mass") == pytest.approx({"bleu1": 100, "bleu4": 0, "rouge1": 100, "rougeL": 100})
+    full = {"bleu1", "bleu2", "rouge1", "rouge2", "rougeL"}  # two words have no three
+    wanted = {name: 100 * (name in full) for name in (*full, "bleu3", "bleu4")}
+    assert score("no mass", "no mass") == pytest.approx(wanted)
 
 
 def test_bleu_of_the_corpus_adds_up_counts_and_the_mean_does_not():
@@ -79,6 +81,7 @@ def test_bleu_of_the_corpus_adds_up_counts_and_the_mean_does_not():
     assert metrics["bleu1"] == pytest.approx(100 * (8 / 9 + 1) / 2)
 
 
+@pytest.mark.filterwarnings("ignore:\\nThe hypothesis contains 0 counts:UserWarning")
 def test_bleu_is_that_of_nltk():
     rng = np.random.default_rng(0)
     words = np.array("the left lung is clear without mass nodule effusion".split())
@@ -87,8 +90,11 @@ def test_bleu_is_that_of_nltk():
         np.where(rng.random(len(text)) < 0.2, rng.choice(words), text)[: len(text) - 2] for text in references
     ]
     texts = [" ".join(text) for text in predictions], [" ".join(text) for text in references]
-    wanted = [sentence_bleu([list(r)], list(p), weights=(1,)) for p, r in zip(predictions, references)]
-    assert text_scores(*texts, meteor=False)["bleu1"] == pytest.approx([100 * value for value in wanted])
+    scores = text_scores(*texts, meteor=False)
+    for order in (1, 2):  # of higher orders nltk warns where a text has no such n-gram
+        weights = (1 / order,) * order
+        wanted = [sentence_bleu([list(r)], list(p), weights=weights) for p, r in zip(predictions, references)]
+        assert scores[f"bleu{order}"] == pytest.approx([100 * value for value in wanted])
     of_corpus = corpus_bleu([[list(r)] for r in references], [list(p) for p in predictions])
     assert 0.1 < of_corpus < 0.9
     assert text_metrics(*texts, meteor=False)["corpus_bleu4"] == pytest.approx(100 * of_corpus)
@@ -98,6 +104,7 @@ def test_rouge_worked_out_by_hand():
     scores = score("the liver normal is", "The liver is normal in size.")
     assert scores["rouge1"] == pytest.approx(100 * 2 * 1 * (4 / 6) / (1 + 4 / 6))
     assert scores["rougeL"] == pytest.approx(100 * 2 * (3 / 4) * (3 / 6) / (3 / 4 + 3 / 6))
+    assert scores["rouge2"] == pytest.approx(100 * 2 * (1 / 3) * (1 / 5) / (1 / 3 + 1 / 5))  # "the liver"
     assert score("nodules", "nodule")["rouge1"] == 0  # no stems
 
 
