@@ -56,8 +56,8 @@ def text_scores(
     """Scores of every pair of texts, 0 to 100, for means, intervals and records.
 
     - `bleu1` to `bleu4`: BLEU of one text with n-grams up to that length, by sacrebleu: 13a tokens, case kept, no
-      smoothing, with brevity penalty. `bleu1` is 100 times the `evaluate.load("bleu")` with `max_order=1` of M3D, whose tokenizer
-      is a copy of sacrebleu's.
+      smoothing, with brevity penalty. `bleu1` is 100 times the `evaluate.load("bleu")` with `max_order=1` of
+      M3D, whose tokenizer is a copy of sacrebleu's.
     - `rouge1`, `rouge2`, `rougeL`: F1 of words, of pairs of words and of the longest common subsequence, by
       rouge-score: lower case, letters a-z and digits only, no stemming, as in `evaluate.load("rouge")`.
     - `meteor`: by nltk (Lavie and Agarwal 2007; alpha 0.9, beta 3, gamma 0.5) on the tokens of its `word_tokenize`, as
