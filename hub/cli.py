@@ -325,6 +325,34 @@ def phantom(
     print(f"No patient is in it. Train on it: ct-moe train --config RECIPE --set train_data={out / 'train.jsonl'}")
 
 
+@app.command()
+def check(
+    data: Annotated[str, typer.Argument(help="m3d-cap, m3d-vqa, ct-rate, ct-rate-vqa, radgenome, 3d-rad or own.")],
+    root: Annotated[Path, typer.Argument(help="Folder of the download; for own also a .csv, .tsv or .jsonl file.")],
+    split: Annotated[str, typer.Option(help="Split to look through.")] = "train",
+    scans: Annotated[
+        Literal["none", "there", "load"], typer.Option(help="Look for the scans, or load every one of them.")
+    ] = "there",
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Scans loaded at a time; by default one per core.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="File for everything found, as JSON.")] = None,
+) -> None:
+    """Look through a download before training: lines that cannot be used, scans that are missing or broken."""
+    with _quiet_libraries():
+        from ct_moe.trainers.data_sets.catalogue import find_data_set
+        from ct_moe.trainers.data_sets.check import check_data_set, check_text
+
+        found = check_data_set(data, root, split, scans=scans, workers=workers)
+        about = find_data_set(data)
+    print(check_text(found, about, split))
+    if out is not None:
+        out.write_text(json.dumps(found.as_dict(), indent=2) + "\n", encoding="utf-8")
+        print(f"Wrote {out}")
+    if not found.is_whole:
+        raise typer.Exit(1)
+
+
 def _summary(record: dict, with_text: bool) -> str:
     slab = "" if record["slab_mm"] is None else f", {record['slab_mm']:g} mm slabs"
     lines = [f"{record['scan']}: {record['num_slices']} slices{slab}, task {record['task'] or 'none'}"]

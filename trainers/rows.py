@@ -41,6 +41,8 @@ from datasets import Dataset, Features, IterableDataset, LargeList, List, Nifti,
 
 from ct_moe import DataError
 
+from .data_sets.catalogue import DATA_SETS, data_set_rows
+
 
 _MESSAGES = List({"role": Value("string"), "content": Value("string")})
 _SCANS = List(Nifti(decode=False))
@@ -94,8 +96,9 @@ def load_rows(
 
     Args:
         source: .csv, .tsv, .json, .jsonl or .parquet file; folder of `Dataset.save_to_disk`; folder laid out like a
-            dataset repository; Hub id `owner/name`; data set in memory.
-        split: of a folder or Hub id. A file or a single saved `Dataset` is taken whole.
+            dataset repository; Hub id `owner/name`; `NAME:FOLDER` for the download of a data set of `DATA_SETS`, such
+            as `ct-rate:/data/CT-RATE`; data set in memory.
+        split: of a folder, Hub id or published data set. A file or a single saved `Dataset` is taken whole.
         streaming: read and check rows as they are needed; otherwise all are read and checked now.
         revision: branch, tag or commit of a Hub repository.
         name: configuration of a folder or Hub id that has several.
@@ -115,6 +118,9 @@ def load_rows(
     if not isinstance(source, (str, os.PathLike)):
         raise DataError("data set", f"is a {type(source).__name__}", "Pass a path, a Hub id, or one split of it")
     source, suffix = os.fspath(source), Path(source).suffix.lower()
+    published, _, root = source.partition(":")
+    if root and published in DATA_SETS:
+        return _to_rows(data_set_rows(published, root, split, streaming=streaming), _Reader(source), streaming)
     folder = os.path.abspath(source)
     if os.path.isdir(source):
         rows = _read_folder(folder, split, streaming, name)

@@ -1,0 +1,171 @@
+# Copyright 2026 The CT-MoE authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Look through a download before training starts: `check_data_set`."""
+
+import os
+import warnings
+from collections import Counter
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from tqdm.auto import tqdm
+
+from ct_moe import VolumeError, load_volume
+
+from .catalogue import DataSet, find_data_set, read_items
+from .item import BadRow
+
+
+@dataclass
+class CheckReport:
+    """What a download holds.
+
+    Attributes:
+        items: rows that can be used, by task.
+        kinds: the same by type of question.
+        scans: different scans that they name.
+        bad_rows: lines that give no item.
+        missing: scans that are not there.
+        broken: (scan, finding) of those that cannot be loaded.
+        lost: items whose scan is missing or broken.
+    """
+
+    items: Counter = field(default_factory=Counter)
+    kinds: Counter = field(default_factory=Counter)
+    scans: int = 0
+    bad_rows: list[BadRow] = field(default_factory=list)
+    missing: list[str] = field(default_factory=list)
+    broken: list[tuple[str, str]] = field(default_factory=list)
+    lost: int = 0
+
+    @property
+    def is_whole(self) -> bool:
+        return not (self.bad_rows or self.missing or self.broken) and bool(self.items)
+
+    def as_dict(self) -> dict[str, Any]:
+        """For JSON; it holds paths and no texts."""
+        return {
+            "items": dict(self.items),
+            "kinds": dict(self.kinds),
+            "scans": self.scans,
+            "bad_rows": [{"file": bad.file, "line": bad.line, "finding": bad.finding} for bad in self.bad_rows],
+            "missing": self.missing,
+            "broken": [{"scan": scan, "finding": finding} for scan, finding in self.broken],
+            "lost_items": self.lost,
+        }
+
+
+def check_data_set(
+    name: str,
+    root: str | Path,
+    split: str,
+    *,
+    scans: Literal["none", "there", "load"] = "there",
+    workers: int | None = None,
+    progress: bool = True,
+) -> CheckReport:
+    """Read every line of a split and look at every scan that it names.
+
+    Args:
+        name, root, split: as in `read_items`.
+        scans: "none" reads the texts alone; "there" also asks whether every scan is there and holds something; "load"
+            loads them all, as training will: a voxel that is no HU, a cut file, a missing slice shows now.
+        workers: scans that are loaded at a time; by default one per core.
+        progress: whether to show bars.
+
+    Raises:
+        DataError: as in `read_items`.
+    """
+    report, named = CheckReport(), Counter()
+    for item in tqdm(read_items(name, root, split), desc="rows", unit="row", disable=not progress):
+        if isinstance(item, BadRow):
+            report.bad_rows.append(item)
+            continue
+        report.items[item.task] += 1
+        report.kinds[item.kind] += 1
+        named.update(set(item.images))
+    report.scans = len(named)
+    if scans == "none":
+        return report
+    look = _is_there if scans == "there" else _loader(find_data_set(name).intensity)
+    local = [path for path in named if "://" not in path]
+    for path, finding in _mapped(look, local, workers or os.cpu_count() or 1, progress):
+        if finding is None:
+            continue
+        report.lost += named[path]
+        if finding == _MISSING:
+            report.missing.append(path)
+        else:
+            report.broken.append((path, finding))
+    return report
+
+
+def check_text(report: CheckReport, data_set: DataSet, split: str, most: int = 10) -> str:
+    """The report for people: counts, and the first `most` of everything that is wrong."""
+    lines = [f"{data_set.title}, {split}. Licence: {data_set.licence}."]
+    lines += [f"{count:>9,} rows of {task}" for task, count in sorted(report.items.items())] or ["no row"]
+    lines.append(f"{report.scans:>9,} scans")
+
+    def listed(what: str, found: list) -> None:
+        if found:
+            lines.append(f"{len(found):>9,} {what}")
+            lines.extend(f"          {entry}" for entry in found[:most])
+            if len(found) > most:
+                lines.append(f"          and {len(found) - most:,} more")
+
+    listed("lines that cannot be used", report.bad_rows)
+    listed("scans are missing", report.missing)
+    listed("scans cannot be loaded", [f"{scan}: {finding}" for scan, finding in report.broken])
+    if report.lost:
+        lines.append(f"{report.lost:>9,} rows lose their scan: training leaves them out and says so")
+    return "\n".join(lines)
+
+
+_MISSING = "is not there"
+
+
+def _is_there(path: str) -> str | None:
+    try:
+        found = Path(path).stat()
+    except FileNotFoundError:
+        return _MISSING
+    except OSError as error:
+        return error.strerror or type(error).__name__
+    return "is empty" if Path(path).is_file() and not found.st_size else None
+
+
+def _loader(intensity: str) -> Callable[[str], str | None]:
+    def load(path: str) -> str | None:
+        if not Path(path).exists():
+            return _MISSING
+        try:
+            load_volume(path, intensity=intensity)
+        except VolumeError as error:
+            return error.finding
+        return None
+
+    return load
+
+
+def _mapped(
+    look: Callable[[str], str | None], paths: list[str], workers: int, progress: bool
+) -> Iterator[tuple[str, str | None]]:
+    """In threads: reading and unpacking, which take the time, let others run."""
+    with warnings.catch_warnings(), ThreadPoolExecutor(workers) as threads:
+        warnings.simplefilter("ignore")  # of what is merely odd
+        found = threads.map(look, paths)
+        yield from zip(paths, tqdm(found, total=len(paths), desc="scans", unit="scan", disable=not progress))

@@ -1,0 +1,128 @@
+# Copyright 2026 The CT-MoE authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Data of one's own: a CSV, TSV or JSONL file of scans and texts, or a folder of scans with a report beside each.
+
+Columns `images` (paths from the file's folder; in CSV several separated by `;`), `prompt`, `completion` and `task` as
+for training, and for evaluation, where they are wanted: `id`, `patient`, `kind`, and of closed questions `choices` (a
+list; in CSV separated by `|`) and `answer` (one of them). In a folder `scan.nii.gz` has its report in `scan.txt`.
+"""
+
+import csv
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from ct_moe import DataError
+from ct_moe.pipeline_ct_moe import REPORT_PROMPT
+
+from .item import LETTERS, BadRow, Item, read_csv
+
+
+_SCANS = (".nii.gz", ".nii", ".mha", ".mhd", ".nrrd", ".npz", ".npy", ".zip")
+
+
+def read_own(root: Path, split: str) -> Iterator[Item | BadRow]:
+    """Rows of a file, or of `SPLIT.csv`, `.tsv` or `.jsonl` in a folder, or else the folder's scans and reports."""
+    if root.is_dir():
+        for suffix in (".jsonl", ".csv", ".tsv"):
+            if (root / f"{split}{suffix}").is_file():
+                root = root / f"{split}{suffix}"
+                break
+        else:
+            yield from _read_folder(root / split if (root / split).is_dir() else root)
+            return
+    for line, row in _lines(root):
+        item = row if isinstance(row, str) else _item(root, line, row)
+        yield BadRow(str(root), line, item) if isinstance(item, str) else item
+
+
+def _lines(file: Path) -> Iterator[tuple[int, dict[str, Any] | str]]:
+    if file.suffix.lower() == ".jsonl":
+        try:
+            with file.open(encoding="utf-8-sig") as lines:
+                for number, line in enumerate(lines, 1):
+                    if line.strip():
+                        try:
+                            row = json.loads(line)
+                        except json.JSONDecodeError:
+                            row = None
+                        yield number, row if isinstance(row, dict) else "is no JSON object"
+        except (OSError, UnicodeDecodeError) as error:
+            raise DataError(str(file), f"cannot be read ({type(error).__name__})", "Check the path") from error
+    elif file.suffix.lower() in (".csv", ".tsv"):
+        separator = "\t" if file.suffix.lower() == ".tsv" else ","
+        for line, row in read_csv(file, ("prompt", "completion"), csv.excel if separator == "," else csv.excel_tab):
+            cells: dict[str, Any] = {name: value for name, value in row.items() if value}
+            if "images" in cells:
+                cells["images"] = [part.strip() for part in cells["images"].split(";") if part.strip()]
+            if "choices" in cells:
+                cells["choices"] = [part.strip() for part in cells["choices"].split("|")]
+            yield line, cells
+    else:
+        raise DataError(str(file), "is no folder and no .csv, .tsv or .jsonl file", "Write one of these")
+
+
+def _item(file: Path, line: int, row: dict[str, Any]) -> Item | str:
+    images = row.get("images", row.get("image", []))
+    images = [images] if isinstance(images, str) else images
+    if not isinstance(images, list) or not all(isinstance(image, str) and image for image in images):
+        return "images is no list of paths"
+    prompt, completion, choices, answer = (row.get(name) for name in ("prompt", "completion", "choices", "answer"))
+    if isinstance(completion, list):  # messages
+        completion = completion[-1].get("content") if completion and isinstance(completion[-1], dict) else None
+    if not isinstance(completion, str) or not completion.strip():
+        return "an empty completion"
+    if not prompt or not isinstance(prompt, (str, list)):
+        return "an empty prompt"
+    if choices is not None:
+        if not isinstance(choices, list) or not 2 <= len(choices) <= len(LETTERS) or len(set(choices)) < len(choices):
+            return f"choices are no list of 2 to {len(LETTERS)} different texts"
+        if answer not in choices:
+            return "the answer is none of the choices"
+    task = row.get("task") or ("vqa_closed" if choices else "report" if prompt == REPORT_PROMPT else "vqa_open")
+    images = [image if "://" in image else str(file.parent / image) for image in images]
+    return Item(
+        id=str(row.get("id") or f"{file.stem}-{line}"),
+        images=images,
+        prompt=prompt,
+        completion=completion.strip(),
+        task=str(task),
+        kind=str(row.get("kind") or task),
+        patient=str(row.get("patient") or (images[0] if images else f"line {line}")),
+        where=(str(file), line),
+        answer=answer if choices else None,
+        choices=choices,
+    )
+
+
+def _read_folder(folder: Path) -> Iterator[Item | BadRow]:
+    scans = {}
+    for path in sorted(folder.iterdir()):
+        suffix = next((suffix for suffix in _SCANS if path.name.lower().endswith(suffix)), None)
+        if suffix or path.is_dir():
+            scans[path.name[: -len(suffix)] if suffix else path.name] = path
+    if not any((folder / f"{name}.txt").is_file() for name in scans):
+        finding = "holds no scan with a report of the same name (scan.nii.gz, scan.txt)"
+        raise DataError(str(folder), finding, "Write such reports, or a CSV or JSONL file")
+    for number, (name, path) in enumerate(scans.items(), 1):
+        try:
+            report = (folder / f"{name}.txt").read_text(encoding="utf-8").strip()
+        except (OSError, UnicodeDecodeError) as error:
+            yield BadRow(str(path), number, f"its report cannot be read ({type(error).__name__})")
+            continue
+        if not report:
+            yield BadRow(str(path), number, "its report is empty")
+            continue
+        yield Item(name, [str(path)], REPORT_PROMPT, report, "report", "report", name, (str(path), number))

@@ -1,0 +1,108 @@
+# Copyright 2026 The CT-MoE authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""RadGenome-ChestCT (arXiv 2404.16754): questions about regions of CT-RATE's scans.
+
+```
+ROOT/dataset/radgenome_files/train_vqa_presence.csv     Volumename, Anatomy, Finding, Presence; others likewise
+ROOT/dataset/qa_templates/presence_template.json        wordings with {abnormality} and {region}
+ROOT/dataset/train_preprocessed/train_1/train_1a/train_1_a_1.nii.gz
+```
+
+The files hold no questions: each is one of the published wordings, chosen by scan and row, the same every time. Scans
+are those of this download or, where it has none, of a CT-RATE download in the same ROOT. The licence has changed from
+version to version, and the scans are CT-RATE's: not for commercial use.
+"""
+
+import json
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+from ct_moe import DataError
+
+from .ct_rate import SPLITS, patient_of, scan_path
+from .item import BadRow, Item, pick, read_csv
+
+
+# Kind: (column of what is asked about, column of the answer). `None`: of the whole scan.
+PARTS = {
+    "abnormality": (None, "Abnormality"),
+    "location": ("Abnormality", "Anatomy"),
+    "presence": ("Finding", "Presence"),
+    "size": ("Abnormality", "Size"),
+    "disorders": (None, "Disorders"),
+}
+_NAME = re.compile(r"(train|valid)_(\d+)_([a-z]+)_(\d+)\.nii\.gz")
+
+
+def read_vqa(root: Path, split: str) -> Iterator[Item | BadRow]:
+    """Open questions of all five parts, one after the other."""
+    if split not in SPLITS:
+        raise DataError(str(root), f"has no split {split}", f"Use one of {', '.join(SPLITS)}")
+    for part in PARTS:
+        yield from _read_part(root, split, part)
+
+
+def _read_part(root: Path, split: str, part: str) -> Iterator[Item | BadRow]:
+    asked, answered = PARTS[part]
+    wordings = _wordings(root / "dataset" / "qa_templates" / f"{part}_template.json")
+    name = f"{split}_case_disorders.csv" if part == "disorders" else f"{split}_vqa_{part}.csv"
+    file = root / "dataset" / "radgenome_files" / name
+    columns = ["Volumename", answered] + [asked] * bool(asked) + ["Anatomy"] * (part != "disorders")
+    for line, row in read_csv(file, columns):
+        volume = row["Volumename"].strip()
+        path = _scan(root, volume)
+        answer = row[answered].strip()
+        region = row.get("Anatomy", "").strip().rpartition("/")[2]
+        if path is None or not answer or (asked and not row[asked].strip()):
+            finding = "Volumename is not of the form train_1_a_1.nii.gz" if path is None else "an empty text"
+            yield BadRow(str(file), line, finding)
+            continue
+        if part == "location":
+            answer = region
+        question = pick(wordings, f"{volume} {line}")
+        question = question.replace("{abnormality}", row[asked].strip() if asked else "").replace("{region}", region)
+        yield Item(
+            id=f"radgenome-{split}-{part}-{line}",
+            images=[str(path)],
+            prompt=" ".join(question.split()),
+            completion=answer[0].upper() + answer[1:].rstrip(".") + ".",
+            task="vqa_open",
+            kind=part,
+            patient=patient_of(volume),
+            where=(str(file), line),
+        )
+
+
+def _wordings(file: Path) -> list[str]:
+    try:
+        content = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise DataError(str(file), f"cannot be read ({type(error).__name__})", "Download qa_templates too") from error
+    lists = content.values() if isinstance(content, dict) else [content]
+    wordings = [text for texts in lists if isinstance(texts, list) for text in texts if isinstance(text, str)]
+    if not wordings:
+        raise DataError(str(file), "holds no wordings", "Download qa_templates again")
+    return wordings
+
+
+def _scan(root: Path, name: str) -> Path | None:
+    parts = _NAME.fullmatch(name)
+    if parts is None:
+        return None
+    split, patient, scan, _ = parts.groups()
+    # Without an underscore before the letter: so the publishers' preprocessing names these folders.
+    own = root / "dataset" / f"{split}_preprocessed" / f"{split}_{patient}" / f"{split}_{patient}{scan}" / name
+    of_ct_rate = scan_path(root, name)
+    return own if own.is_file() or not of_ct_rate.is_file() else of_ct_rate
