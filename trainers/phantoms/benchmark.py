@@ -28,10 +28,11 @@ from ct_moe import DataError
 
 from ..evaluation.answering import Answer, answer_rows
 from ..evaluation.bootstrap import bootstrap_interval, paired_bootstrap_interval
+from ..evaluation.closed_questions import score_closed
 from ..evaluation.text_metrics import text_metrics
 from ..volume_cache import VolumeCache
 from .controls import CONTROL_NAMES, blind, flipped, flipped_answer, other_scan, shuffled_slices, single_slice
-from .scores import score_closed, score_open, score_reports
+from .scores import score_open, score_reports
 from .texts import KINDS
 
 

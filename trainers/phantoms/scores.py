@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""What a model says about phantoms, against the truth: `score_closed`, `score_open`, `parse_report`, `score_reports`.
+"""What a model says about phantoms, against the truth: `score_open`, `parse_report`, `score_reports`.
 
 Reports are parsed back into labels by rules that know the nouns of the findings, negation and the words for places and
 sizes, not the sentences of `texts`: other wordings of the same content are read as well.
@@ -29,28 +29,6 @@ from .texts import NUMBERS, PLACES, SIDED
 
 # A number is right within this many mm. Extents cannot be told more finely than the slabs (18 mm in the demo model).
 TOLERANCE_MM = {"size": 4, "extent": 20}
-
-
-def score_closed(rows: Sequence[dict], texts: Sequence[str]) -> list[dict[str, bool]]:
-    """Whether each text names the right choice.
-
-    Args:
-        rows: rows of the task "vqa_closed", with `choices` and `answer`.
-        texts: what the model wrote: "left kidney", "left kidney, B.", "B. left kidney", "(B)" or "B".
-
-    Returns:
-        Per row `strict`: the text names the right choice, whatever letter it adds, or gives its letter alone;
-        `letter`: it tells the right letter and no other; and `m3d`: "<letter>." is somewhere in the text, the rule of
-        the M3D benchmark, which counts "A. B." as right.
-    """
-    scores = []
-    for row, text in zip(rows, texts, strict=True):
-        letter = "ABCD"[row["choices"].index(row["answer"])]
-        letters = set(re.findall(r"\b[A-D]\b(?! [a-z])|\b[A-D](?=[.):])", text))  # not the article
-        named = re.sub(r"^\s*\(?[A-D]\b[.):]*\s*|[\s,;:(]*\b[A-D]\b[.)\s]*$", "", text).strip(" .,\n").lower()
-        strict = named == row["answer"].lower() or (not named and letters == {letter})
-        scores.append({"strict": strict, "letter": letters == {letter}, "m3d": f"{letter}." in text})
-    return scores
 
 
 def score_open(rows: Sequence[dict], texts: Sequence[str]) -> list[bool]:

@@ -1,0 +1,44 @@
+# Copyright 2026 The CT-MoE authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Closed questions: which choice a text names, by the rule of M3D and strictly: `score_closed`."""
+
+import re
+from collections.abc import Sequence
+
+
+LETTERS = "ABCD"
+
+
+def score_closed(rows: Sequence[dict], texts: Sequence[str]) -> list[dict[str, bool]]:
+    """Whether each text names the right choice.
+
+    Args:
+        rows: with `choices` and `answer`, the right one.
+        texts: what the model wrote: "left kidney", "left kidney, B.", "B. left kidney", "(b) left kidney" or "B".
+
+    Returns:
+        Per row `strict`: the text names the right choice, whatever letter it adds, or gives its letter alone;
+        `letter`: it tells the right letter and no other; and `m3d`: "<letter>." is somewhere in the text, the rule of
+        the M3D benchmark (Bench/eval/eval_vqa.py), which counts "A. B." as right.
+    """
+    scores = []
+    for row, text in zip(rows, texts, strict=True):
+        letter = LETTERS[row["choices"].index(row["answer"])]
+        m3d = f"{letter}." in text
+        text = re.sub(r"\(([a-d])\)", lambda match: f"{match[1].upper()}. ", text)  # as CT-RATE writes choices
+        letters = set(re.findall(r"\b[A-D]\b(?! [a-z])|\b[A-D](?=[.):])", text))  # not the article
+        named = re.sub(r"^\s*\(?[A-D]\b[.):]*\s*|[\s,;:(]*\b[A-D]\b[.)\s]*$", "", text).strip(" .,\n").lower()
+        strict = named == row["answer"].strip(" .,\n").lower() or (not named and letters == {letter})
+        scores.append({"strict": strict, "letter": letters == {letter}, "m3d": m3d})
+    return scores
