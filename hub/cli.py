@@ -353,6 +353,64 @@ def check(
         raise typer.Exit(1)
 
 
+@app.command()
+def evaluate(
+    out: Annotated[Path, typer.Option(help="Results, .json; answers and a picture lie beside it.")],
+    model: Annotated[str | None, typer.Option(help="Folder or Hub id of a CT-MoE model.")] = None,
+    data: Annotated[
+        str | None, typer.Option(help="m3d-cap, m3d-vqa, ct-rate, ct-rate-vqa, radgenome, 3d-rad or own.")
+    ] = None,
+    root: Annotated[Path | None, typer.Option(help="Folder of the download.")] = None,
+    split: Annotated[str | None, typer.Option(help="By default the test or else the validation split.")] = None,
+    predictions: Annotated[
+        Path | None, typer.Option(help="Answers of any system instead of a model: JSONL or CSV with id, prediction.")
+    ] = None,
+    baselines: Annotated[str, typer.Option(help="Of majority, blind, nearest, labels; separated by commas.")] = "",
+    rows: Annotated[int | None, typer.Option(min=1, help="So many rows, always the same ones.")] = None,
+    labeller: Annotated[
+        str | None, typer.Option(help="Report classifier for the 18 labels: folder or Hub id; by default rules.")
+    ] = None,
+    scorer: Annotated[list[str] | None, typer.Option(help="Further metric, module:function; may be repeated.")] = None,
+    batch_size: Annotated[int, typer.Option(min=1, help="Rows that go through the model together.")] = 8,
+    volume_cache: Annotated[Path | None, typer.Option(help="Folder for processed scans.")] = None,
+    revision: RevisionOption = None,
+    dtype: Annotated[str, typer.Option(help="float32, bfloat16 ...")] = "float32",
+) -> None:
+    """Answer a data set and score the answers, or score those of another system. A killed run goes on where it was.
+
+    Several processes: accelerate launch --num_processes N -m ct_moe.hub.cli evaluate ...
+    """
+    with _quiet_libraries():
+        from accelerate import PartialState
+
+        from ct_moe.trainers.evaluation.evaluate import evaluate as run
+        from ct_moe.trainers.evaluation.results import format_results
+
+        result = run(
+            out,
+            model=model,
+            data=data,
+            root=root,
+            split=split,
+            predictions=predictions,
+            baselines=[name.strip() for name in baselines.split(",") if name.strip()],
+            rows=rows,
+            labeller=labeller,
+            scorers=scorer or (),
+            batch_size=batch_size,
+            volume_cache=volume_cache,
+            revision=revision,
+            dtype=dtype,
+        )
+    if PartialState().is_main_process:
+        for bad in result["bad_rows"][:10]:
+            _warn(bad)
+        if result["bad_rows"]:
+            _warn(f"{len(result['bad_rows'])} lines cannot be used and are not scored")
+        print(format_results(result))
+        print(f"Wrote {out}")
+
+
 def _summary(record: dict, with_text: bool) -> str:
     slab = "" if record["slab_mm"] is None else f", {record['slab_mm']:g} mm slabs"
     lines = [f"{record['scan']}: {record['num_slices']} slices{slab}, task {record['task'] or 'none'}"]

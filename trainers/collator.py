@@ -93,19 +93,23 @@ class CTMoEDataCollator(DataCollatorForVisionLanguageModeling):
         If there are none, the inputs are those of a volume of air.
         """
         readable, _ = self._read(examples)
-        examples = readable or [self._blank()]
+        return self.encode_prompts(readable or [self._blank()]), readable
+
+    def encode_prompts(self, examples: list[dict[str, Any]], tasks: list[str | None] | None = None) -> dict[str, Any]:
+        """What `generate` needs for the prompts of rows whose `images` are processed; `tasks` forces some."""
         messages = [prepare_multimodal_messages(example["prompt"], example["images"]) for example in examples]
         images = [example["images"] for example in examples]
         inputs = self.processor(
             images=images if any(images) else None,
             text=[self.processor.apply_chat_template(prompt, add_generation_prompt=True) for prompt in messages],
             guide=[self._guide(example) for example in examples],
+            task=tasks,
             padding=True,
             padding_side="left",
             return_tensors=self.return_tensors,
             add_special_tokens=False,
         )
-        return dict(inputs), readable
+        return dict(inputs)
 
     def _read(self, examples: list[dict[str, Any]]) -> tuple[list[dict[str, Any]], list[dict[str, str]]]:
         """Rows with their scans processed and a name, and which rows have none because a scan cannot be read."""
@@ -114,7 +118,7 @@ class CTMoEDataCollator(DataCollatorForVisionLanguageModeling):
             _check_columns(example)
             name = _row_name(example)
             try:
-                images = [self._process(image) for image in _images(example)]
+                images = [self.process(image) for image in _images(example)]
             except (CTMoEError, OSError) as error:  # an OSError: of a disk that went away
                 if self.on_error == "raise":
                     raise
@@ -123,7 +127,8 @@ class CTMoEDataCollator(DataCollatorForVisionLanguageModeling):
                 readable.append({**example, "images": images, "name": name})
         return readable, failed
 
-    def _process(self, image: Any) -> dict[str, np.ndarray]:
+    def process(self, image: Any) -> dict[str, np.ndarray]:
+        """A scan as the model sees it, from the cache if there is one."""
         if self.volume_cache is not None:
             return self.volume_cache.read(image)
         return self.processor.image_processor.process_volume(image)

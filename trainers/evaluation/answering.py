@@ -22,7 +22,9 @@ from typing import Any
 import numpy as np
 import torch
 from tqdm.auto import tqdm
+from transformers import BatchFeature
 
+from ..collator import CTMoEDataCollator
 from ..volume_cache import VolumeCache
 
 
@@ -75,7 +77,7 @@ def answer_rows(
         An [`Answer`] per row, in order.
     """
     limits = {**MAX_NEW_TOKENS, **(max_new_tokens or {})}
-    read = volume_cache.read if volume_cache is not None else processor.image_processor.process_volume
+    collator = CTMoEDataCollator(processor, volume_cache=volume_cache)
     answers: list[Answer | None] = [None] * len(rows)
     # Rows of one task together, since the longest answer of a batch keeps the others waiting; longest prompts first.
     order = sorted(range(len(rows)), key=lambda i: (rows[i]["task"], -len(rows[i]["prompt"])))
@@ -88,11 +90,15 @@ def answer_rows(
             kind = rows[order[start]]["task"]
             chosen = [i for i in order[start : start + batch_size] if rows[i]["task"] == kind]
             batch = [rows[i] for i in chosen]
-            scans = [read(str(Path(folder) / row["images"])) for row in batch]
+            scans = [collator.process(str(Path(folder) / row["images"])) for row in batch]
             if change is not None:
                 scans = [change(scan, row) for scan, row in zip(scans, batch)]
             forced = None if task is None else [task(row) for row in batch]
-            for i, answer in zip(chosen, _answer(model, processor, batch, scans, forced, limits[kind], bf16)):
+            asked = [
+                {"images": [scan], "prompt": [{"role": "user", "content": row["prompt"]}]}
+                for row, scan in zip(batch, scans)
+            ]
+            for i, answer in zip(chosen, generate_answers(model, collator, asked, limits[kind], forced, bf16)):
                 answers[i] = answer
             start += len(chosen)
             bar.update(len(chosen))
@@ -103,26 +109,37 @@ def answer_rows(
 
 
 @torch.inference_mode()
-def _answer(model, processor, rows, scans, forced, max_new_tokens: int, bf16: bool) -> list[Answer]:
-    messages = [
-        [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": row["prompt"]}]}] for row in rows
-    ]
-    inputs = processor(
-        images=[[scan] for scan in scans],
-        text=[processor.apply_chat_template(message, add_generation_prompt=True) for message in messages],
-        guide=[row["prompt"] for row in rows],
-        task=forced,
-        padding=True,
-        padding_side="left",
-        return_tensors="pt",
-        add_special_tokens=False,
-    ).to(model.device)
+def generate_answers(
+    model,
+    collator: CTMoEDataCollator,
+    rows: Sequence[dict[str, Any]],
+    max_new_tokens: int,
+    tasks: list[str | None] | None = None,
+    bf16: bool = False,
+) -> list[Answer]:
+    """Answer rows together, greedily.
+
+    Args:
+        model: a `CTMoEForConditionalGeneration`.
+        collator: with its processor.
+        rows: `images` (processed scans) and `prompt` (messages).
+        max_new_tokens: of all of them.
+        tasks: names of tasks to force, or `None`.
+        bf16: arithmetic in bfloat16, weights as they are.
+    """
+    inputs = BatchFeature(collator.encode_prompts(list(rows), tasks)).to(model.device)
     text = {name: inputs.pop(name) for name in ("input_ids", "attention_mask")}
+    chosen = None
     with torch.autocast(model.device.type, torch.bfloat16) if bf16 else nullcontext():
-        features = model.get_image_features(**inputs, return_dict=True)
-        generated = model.generate(
-            **text, mm_encoder_outputs={"image": features}, max_new_tokens=max_new_tokens, do_sample=False
-        )
-    texts = processor.batch_decode(generated[:, text["input_ids"].shape[1] :], skip_special_tokens=True)
-    tasks = None if features.routing is None else features.routing.task_index
-    return [Answer(text, None if tasks is None else int(tasks[i])) for i, text in enumerate(texts)]
+        if inputs:
+            features = model.get_image_features(**inputs, return_dict=True)
+            chosen = None if features.routing is None else features.routing.task_index
+        given = {"mm_encoder_outputs": {"image": features}} if inputs else {}
+        generated = model.generate(**text, **given, max_new_tokens=max_new_tokens, do_sample=False)
+    texts = collator.processor.batch_decode(generated[:, text["input_ids"].shape[1] :], skip_special_tokens=True)
+    # Of a row with several scans the first one's group: all have the same guide.
+    first = np.cumsum([0, *(len(row["images"]) for row in rows)])
+    return [
+        Answer(text, int(chosen[first[i]]) if chosen is not None and rows[i]["images"] else None)
+        for i, text in enumerate(texts)
+    ]

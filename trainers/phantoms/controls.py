@@ -37,7 +37,8 @@ Change = Callable[[dict[str, np.ndarray], dict[str, Any]], dict[str, np.ndarray]
 
 def blind(image_processor) -> Change:
     """As many slabs, of air, as `image_processor` shows it; the patch mask says that there is no tissue."""
-    air = Volume(np.full((1, 16, 16), -1024, dtype=np.int16), (image_processor.slab_mm, 25.0, 25.0))
+    nothing = -1024 if image_processor.intensity == "hu" else 0
+    air = Volume(np.full((1, 16, 16), nothing, dtype=np.float32), (image_processor.slab_mm, 25.0, 25.0))
     values = image_processor.process_volume(air)["pixel_values"][:, :, :1, :1]
 
     def change(scan: dict[str, np.ndarray], row: dict[str, Any]) -> dict[str, np.ndarray]:

@@ -1,0 +1,309 @@
+# Copyright 2026 The CT-MoE authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Evaluation of a whole split: the same results however it came about, and numbers that the parts give alone."""
+
+import csv
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+from published import WRITERS, write_csv, write_ct_rate, write_m3d
+
+from ct_moe import CTMoEForConditionalGeneration, CTMoEProcessor, DataError
+from ct_moe.trainers.data_sets.catalogue import DATA_SETS, read_items
+from ct_moe.trainers.data_sets.ct_rate import read_labels
+from ct_moe.trainers.evaluation import predictions as predictions_module
+from ct_moe.trainers.evaluation.abnormality_labels import label_scores, rule_labels
+from ct_moe.trainers.evaluation.answering import answer_rows
+from ct_moe.trainers.evaluation.evaluate import evaluate
+from ct_moe.trainers.evaluation.predictions import predict
+from ct_moe.trainers.evaluation.results import format_results
+from ct_moe.trainers.evaluation.text_metrics import text_metrics
+
+
+@pytest.fixture(autouse=True)
+def short_answers(monkeypatch):
+    monkeypatch.setattr(predictions_module, "MAX_NEW_TOKENS", {"report": 6, "vqa_closed": 4, "vqa_open": 4})
+
+
+@pytest.fixture(scope="session")
+def display_folder(model_folder, tmp_path_factory):
+    """The tiny model for arrays that never were HU."""
+    folder = tmp_path_factory.mktemp("display") / "model"
+    shutil.copytree(model_folder, folder)
+    processor = CTMoEProcessor.from_pretrained(folder)
+    processor.image_processor.intensity = "display"
+    processor.save_pretrained(folder)
+    return folder
+
+
+@pytest.mark.parametrize("name", DATA_SETS)
+def test_every_data_set_is_answered_and_scored(name, model_folder, display_folder, tmp_path):
+    root = WRITERS[name](tmp_path)
+    model = display_folder if DATA_SETS[name].intensity == "display" else model_folder
+    split = "train" if name == "own" else None
+    names = ["majority", "blind"] + ["nearest"] * (name in ("ct-rate", "m3d-cap")) + ["labels"] * (name == "ct-rate")
+    out = tmp_path / "results.json"
+    result = evaluate(out, model=str(model), data=name, root=root, split=split, baselines=names, progress=False)
+    assert json.loads(out.read_text(encoding="utf-8")) == json.loads(json.dumps(result))
+    assert set(result["baselines"]) == set(names)
+    items = list(read_items(name, root, result["about"]["split"]))
+    lines = (tmp_path / "results.predictions.jsonl").read_text(encoding="utf-8").splitlines()
+    assert [json.loads(line)["id"] for line in lines[1:]] == [item.id for item in items]
+    assert result["counts"] == {"rows": len(items), "scored": len(items), "unanswered": 0, "bad_rows": 0}
+    assert (tmp_path / "results.png").stat().st_size > 5000
+    assert str(tmp_path) not in out.read_text(encoding="utf-8")
+    (index,) = result["model_index"]
+    assert index["results"][0]["dataset"]["name"] == DATA_SETS[name].title
+    assert "majority" in format_results(result)
+
+
+def test_answers_are_those_of_the_model_alone(model_folder, tmp_path):
+    root = write_ct_rate(tmp_path)
+    items = list(read_items("ct-rate", root, "validation"))
+    model = CTMoEForConditionalGeneration.from_pretrained(model_folder)
+    processor = CTMoEProcessor.from_pretrained(model_folder)
+    said = predict(model, processor, items, tmp_path / "a.jsonl", about={}, batch_size=2, progress=False)
+    rows = [{"images": item.images[0], "prompt": item.prompt, "task": item.task} for item in items]
+    alone = answer_rows(
+        model,
+        processor,
+        rows,
+        batch_size=1,
+        max_new_tokens=predictions_module.MAX_NEW_TOKENS,
+        bf16=False,
+        progress=False,
+    )
+    assert [a.text for a in said] == [a.text.strip() for a in alone]
+    assert [a.group for a in said] == [model.config.tasks[a.task] for a in alone]
+
+
+def test_results_are_those_of_the_metrics(model_folder, tmp_path):
+    root = write_ct_rate(tmp_path)
+    items = list(read_items("ct-rate", root, "validation"))
+    texts = ["A nodule is seen.", "No nodule. Emphysema.", "Emphysema, pleural effusion."]
+    file = tmp_path / "said.jsonl"
+    file.write_text(
+        "".join(json.dumps({"id": i.id, "prediction": t}) + "\n" for i, t in zip(items, texts)), encoding="utf-8"
+    )
+    result = evaluate(
+        tmp_path / "r.json", data="ct-rate", root=root, predictions=file, baselines=["labels"], progress=False
+    )
+    metrics = result["report"]["metrics"]
+    wanted = text_metrics(texts, [item.completion for item in items])
+    for name in ("bleu1", "bleu4", "rouge2", "rougeL"):
+        assert metrics[name]["mean"] == pytest.approx(wanted[name])
+    assert result["report"]["corpus_bleu4"] == pytest.approx(wanted["corpus_bleu4"])
+    assert result["report"]["patients"] == 2
+    truth = np.array(list(read_labels(root, "validation").values()))
+    scores = label_scores(rule_labels(texts), truth)
+    assert result["report"]["labels"]["micro_f1"] == pytest.approx(scores["micro_f1"])
+    assert result["report"]["labels"]["by"] == "rules"
+    # A report made of the labels has them all.
+    assert result["baselines"]["labels"]["report"]["labels"]["macro_f1"] == 1
+
+
+def test_majority_is_the_usual_answer_of_a_type_in_training(tmp_path):
+    root = write_m3d(tmp_path)
+    result = evaluate(
+        tmp_path / "r.json",
+        data="m3d-vqa",
+        root=root,
+        predictions=_perfect(root, "m3d-vqa", "test", tmp_path),
+        baselines=["majority"],
+        progress=False,
+    )
+    assert result["closed"]["metrics"]["strict"]["mean"] == 100
+    assert (
+        result["baselines"]["majority"]["closed"]["metrics"]["strict"]["mean"] == 100
+    )  # the test rows are those of train
+    assert set(result["closed"]["kinds"]) == {"plane", "phase", "abnormality"}
+    # Paper's rule and strict choice part where a text names every letter.
+    file = tmp_path / "letters.csv"
+    items = list(read_items("m3d-vqa", root, "test"))
+    write_csv(file, ["id", "prediction"], *[[item.id, "A. B. C. D."] for item in items])
+    closed = evaluate(tmp_path / "s.json", data="m3d-vqa", root=root, predictions=file, baselines=[])["closed"]
+    assert (closed["metrics"]["m3d"]["mean"], closed["metrics"]["strict"]["mean"]) == (100, 0)
+
+
+def _perfect(root, name, split, folder):
+    file = folder / "perfect.jsonl"
+    lines = [{"id": item.id, "prediction": item.completion} for item in read_items(name, root, split)]
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    return file
+
+
+def test_predictions_may_bring_their_own_references(tmp_path):
+    file = tmp_path / "mine.csv"
+    with file.open("w", encoding="utf-8", newline="") as out:
+        rows = csv.writer(out)
+        rows.writerow(["id", "prediction", "reference", "choices", "answer", "kind", "patient"])
+        rows.writerow(["1", "B. liver", "", "lung|liver", "liver", "organ", "p"])
+        rows.writerow(["2", "lung", "", "lung|liver", "liver", "organ", "q"])
+        rows.writerow(["3", "no mass", "no mass", "", "", "mass", "q"])
+    result = evaluate(tmp_path / "r.json", predictions=file, baselines=[])
+    assert result["closed"]["kinds"]["organ"]["strict"]["mean"] == 50
+    assert result["open"]["metrics"]["bleu1"]["mean"] == 100
+
+
+def test_a_run_that_was_interrupted_goes_on_with_the_same_batches(model_folder, monkeypatch, tmp_path):
+    root = write_ct_rate(tmp_path)
+    settings = {"model": str(model_folder), "data": "ct-rate-vqa", "root": root, "batch_size": 1, "progress": False}
+    whole = tmp_path / "whole.json"
+    evaluate(whole, **settings)
+    generate, calls = predictions_module.generate_answers, []
+
+    def dies(model, collator, rows, *args, **kwargs):
+        calls.append([row["id"] for row in rows])
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return generate(model, collator, rows, *args, **kwargs)
+
+    monkeypatch.setattr(predictions_module, "generate_answers", dies)
+    out = tmp_path / "out.json"
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(out, **settings)
+    part = tmp_path / "out.predictions.jsonl.part-0"
+    kept = part.read_text(encoding="utf-8")
+    part.write_text(kept + kept.splitlines()[-1][:20], encoding="utf-8")  # cut off in the middle of a line
+    assert not out.exists()
+    evaluate(out, **settings)
+    assert calls[2:] == [calls[2], *calls[3:]]
+    assert sum(map(len, calls)) == len({i for call in calls for i in call}) + 1  # only the one that failed came again
+    assert out.read_bytes() == whole.read_bytes()
+    assert (tmp_path / "out.predictions.jsonl").read_bytes() == (tmp_path / "whole.predictions.jsonl").read_bytes()
+    assert not part.exists()
+    calls.clear()
+    evaluate(out, **settings)
+    assert not calls
+
+
+def test_answers_of_another_run_are_not_taken(model_folder, tmp_path):
+    root = write_ct_rate(tmp_path)
+    settings = {"model": str(model_folder), "data": "ct-rate", "root": root, "progress": False}
+    evaluate(tmp_path / "r.json", **settings)
+    with pytest.raises(DataError, match="answers of another run"):
+        evaluate(tmp_path / "r.json", **settings, batch_size=3)
+    other = tmp_path / "model"
+    shutil.copytree(model_folder, other)
+    model = CTMoEForConditionalGeneration.from_pretrained(other)
+    model.lm_head.weight.data[0] += 1
+    model.save_pretrained(other)
+    with pytest.raises(DataError, match="other about"):
+        evaluate(tmp_path / "r.json", **{**settings, "model": str(other)})
+
+
+def test_rows_that_cannot_be_answered_are_counted(model_folder, tmp_path):
+    root = write_ct_rate(tmp_path)
+    scans = sorted((root / "dataset" / "valid_fixed").rglob("*.nii.gz"))
+    scans[0].unlink()
+    reports = root / "dataset" / "radiology_text_reports" / "validation_reports.csv"
+    with reports.open("a", encoding="utf-8") as file:
+        file.write("Doe.nii.gz,,,Text,Text\n")
+    result = evaluate(tmp_path / "r.json", model=str(model_folder), data="ct-rate", root=root, progress=False)
+    assert result["counts"] == {"rows": 3, "scored": 2, "unanswered": 1, "bad_rows": 1}
+    assert result["unanswered"] == ["ct-rate-valid_1_a_1"]
+    assert result["bad_rows"][0].startswith("validation_reports.csv, line 6: VolumeName")
+    assert "1 of 3 rows could not be answered" in format_results(result)
+
+
+@pytest.mark.parametrize(
+    ("changes", "finding"),
+    [
+        ({"model": None}, "is missing"),
+        ({"predictions": "x.jsonl"}, "comes with predictions"),
+        ({"data": None}, "data: is missing"),
+        ({"data": "m3d-vqa"}, "its scans are 'display'"),
+        ({"baselines": ["best"]}, "'best' is unknown"),
+        ({"scorers": ["nowhere:f"]}, "cannot be imported"),
+        ({"root": None}, "Name the folder"),
+        ({"split": "dev"}, "has no split dev"),
+    ],
+)
+def test_what_cannot_be_done_is_said_before_the_work(changes, finding, model_folder, tmp_path):
+    root = write_m3d(write_ct_rate(tmp_path))
+    settings = {"model": str(model_folder), "data": "ct-rate", "root": root, "progress": False, "baselines": []}
+    with pytest.raises(DataError, match=finding):
+        evaluate(tmp_path / "r.json", **{**settings, **changes})
+    assert not list(tmp_path.glob("r.*"))
+
+
+def test_missing_and_double_predictions_are_refused(tmp_path):
+    root = write_m3d(tmp_path)
+    file = _perfect(root, "m3d-vqa", "test", tmp_path)
+    lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
+    for content, finding in (
+        (lines[1:], "1 of 6 rows have no prediction"),
+        ([*lines, lines[0]], "two predictions for m3d-vqa-test-2-closed"),
+        ([*lines, "{}\n"], "line 7 has no prediction"),
+        (["{\n"], "cannot be read"),
+        ([], "no predictions"),
+    ):
+        file.write_text("".join(content), encoding="utf-8")
+        with pytest.raises(DataError, match=finding):
+            evaluate(tmp_path / "r.json", data="m3d-vqa", root=root, predictions=file, baselines=[])
+
+
+def command(folder, root, out, *launch) -> list[str]:
+    start = [sys.executable, *launch, "-m", "ct_moe.hub.cli"] if not launch else [sys.executable, *launch]
+    return [
+        *start,
+        "evaluate",
+        "--model",
+        str(folder),
+        "--data",
+        "ct-rate-vqa",
+        "--root",
+        str(root),
+        "--out",
+        str(out),
+    ]
+
+
+@pytest.mark.slow
+def test_killed_and_restarted_and_in_two_processes_the_results_are_the_same(model_folder, tmp_path):
+    root = write_ct_rate(tmp_path)
+    batches = ["--batch-size", "1"]
+    whole = tmp_path / "whole.json"
+    subprocess.run([*command(model_folder, root, whole), *batches], check=True, capture_output=True)
+
+    killed = tmp_path / "killed.json"
+    process = subprocess.Popen([*command(model_folder, root, killed), *batches], stderr=subprocess.DEVNULL)
+    part = tmp_path / "killed.predictions.jsonl.part-0"
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline and not (part.exists() and part.read_bytes().count(b"\n") >= 2):
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert part.exists()
+    assert not killed.exists()
+    subprocess.run([*command(model_folder, root, killed), *batches], check=True, capture_output=True)
+    assert killed.read_bytes() == whole.read_bytes()
+
+    two = tmp_path / "two.json"
+    launch = ["-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=0", "-m", "ct_moe.hub.cli"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    run = subprocess.run(
+        [*command(model_folder, root, two, *launch), *batches], env=environment, capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stderr[-2000:]
+    assert run.stdout.count("Wrote") == 1
+    assert two.read_bytes() == whole.read_bytes()
+    assert (tmp_path / "two.predictions.jsonl").read_bytes() == (tmp_path / "whole.predictions.jsonl").read_bytes()

@@ -1,0 +1,178 @@
+# Copyright 2026 The CT-MoE authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Texts about a data set to scores: `score_predictions`, and the table and card entries that are made of them.
+
+Scores are means over rows in percent (CIDEr from 0 to 10), with 95 % intervals by bootstrap over patients. Closed
+questions come by the rule of M3D and strictly, over rows and as the mean of their types, since papers differ in which
+they print.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from ct_moe import DataError
+
+from ..data_sets.item import Item
+from .abnormality_labels import label_scores
+from .bootstrap import bootstrap_interval
+from .cider import cider_scores
+from .closed_questions import score_closed
+from .text_metrics import text_metrics, text_scores
+
+
+def score_predictions(
+    items: Sequence[Item],
+    texts: Sequence[str | None],
+    *,
+    labels: dict[str, Sequence[int]] | None = None,
+    labeller: Callable | None = None,
+    scorers: dict[str, Callable[[list[str], list[str]], Sequence[float]]] | None = None,
+    meteor: bool | None = None,
+) -> dict[str, Any]:
+    """Score one text per item.
+
+    Args:
+        items: what was asked.
+        texts: what was said; `None` for an item that could not be answered, which is counted and not scored.
+        labels: the true abnormalities by item id, for clinical scores of reports.
+        labeller: finds them in generated reports: texts -> `(texts, labels)`. Needed with `labels`.
+        scorers: further metrics of open questions and reports by name: (texts, references) -> one number each.
+        meteor: as in `text_scores`.
+
+    Returns:
+        `counts` (`rows`, `scored`, `unanswered`) and, where there are such rows, `closed`, `open` and `report`, each
+        with `metrics` (`{"mean", "interval", "mean_of_kinds"}` by name) and the same by type of question in `kinds`.
+        Metrics of `closed` are `strict`, `m3d` and `letter`; `report` also has `labels`.
+    """
+    if len(items) != len(texts):
+        raise DataError("predictions", f"{len(texts)} for {len(items)} rows", "Pass one for each row")
+    scored = [(item, text) for item, text in zip(items, texts) if text is not None]
+    result: dict[str, Any] = {
+        "counts": {"rows": len(items), "scored": len(scored), "unanswered": len(items) - len(scored)}
+    }
+    by_task: dict[str, list[tuple[Item, str]]] = {}
+    for item, text in scored:
+        name = "closed" if item.choices is not None else "report" if item.task == "report" else "open"
+        by_task.setdefault(name, []).append((item, text))
+    if rows := by_task.get("closed"):
+        asked = [{"choices": item.choices, "answer": item.answer} for item, _ in rows]
+        scores = score_closed(asked, [text for _, text in rows])
+        values = {name: [100.0 * score[name] for score in scores] for name in ("strict", "m3d", "letter")}
+        result["closed"] = _summaries([item for item, _ in rows], values)
+    for name in ("open", "report"):
+        if rows := by_task.get(name):
+            asked, said = [item for item, _ in rows], [text for _, text in rows]
+            wanted = [item.completion for item in asked]
+            values = text_scores(said, wanted, meteor=meteor)
+            values["cider"] = cider_scores(said, wanted)
+            for metric, scorer in (scorers or {}).items():
+                values[metric] = [float(value) for value in scorer(said, wanted)]
+            result[name] = _summaries(asked, values)
+            result[name]["corpus_bleu4"] = text_metrics(said, wanted, meteor=False)["corpus_bleu4"]
+            known = [row for row, item in enumerate(asked) if item.id in (labels or {})]
+            if name == "report" and labeller is not None and known:
+                found = label_scores(
+                    labeller([said[row] for row in known]),
+                    np.array([labels[asked[row].id] for row in known]),
+                    [asked[row].patient for row in known],
+                )
+                result[name]["labels"] = {"by": getattr(labeller, "name", "rules"), "reports": len(known), **found}
+    return result
+
+
+def format_results(result: dict[str, Any]) -> str:
+    """A table for people, of the model and of every baseline beside it."""
+    columns = {"model": result, **result.get("baselines", {})}
+    lines = []
+    for part, title in (("closed", "closed questions"), ("open", "open questions"), ("report", "reports")):
+        found = {name: scores[part] for name, scores in columns.items() if part in scores}
+        if not found:
+            continue
+        rows = max(scores["rows"] for scores in found.values())
+        lines.append(f"{title}, {rows} rows".ljust(34) + "".join(name.rjust(22) for name in found))
+        metrics = list(dict.fromkeys(m for scores in found.values() for m in scores["metrics"]))
+        for metric in metrics:
+            cells = [_cell(scores["metrics"].get(metric)) for scores in found.values()]
+            lines.append(f"  {metric}".ljust(34) + "".join(cell.rjust(22) for cell in cells))
+        if part == "closed":
+            for kind in sorted({kind for scores in found.values() for kind in scores["kinds"]}):
+                cells = [_cell(scores["kinds"].get(kind, {}).get("strict")) for scores in found.values()]
+                lines.append(f"  strict, {kind}".ljust(34) + "".join(cell.rjust(22) for cell in cells))
+        for metric in ("macro_f1", "micro_f1", "crg"):
+            values = [scores.get("labels", {}).get(metric) for scores in found.values()]
+            if any(value is not None for value in values):
+                cells = ["-" if value is None else f"{value:.3f}" for value in values]
+                lines.append(f"  labels, {metric}".ljust(34) + "".join(cell.rjust(22) for cell in cells))
+    counts = result["counts"]
+    if counts["unanswered"]:
+        lines.append(f"{counts['unanswered']} of {counts['rows']} rows could not be answered and are not scored")
+    return "\n".join(lines)
+
+
+def model_index(result: dict[str, Any], *, name: str, data: str, data_id: str, split: str) -> list[dict[str, Any]]:
+    """The `model-index` of a model card, by huggingface_hub: one entry per metric, as the Hub shows them."""
+    from huggingface_hub import EvalResult
+    from huggingface_hub.repocard_data import eval_results_to_model_index
+
+    tasks = {"closed": "visual-question-answering", "open": "visual-question-answering", "report": "image-to-text"}
+    found = []
+    for part, task in tasks.items():
+        for metric, summary in result.get(part, {}).get("metrics", {}).items():
+            found.append(
+                EvalResult(
+                    task_type=task,
+                    dataset_type=data_id,
+                    dataset_name=data,
+                    dataset_split=split,
+                    metric_type=metric,
+                    metric_name=f"{metric} ({part})",
+                    metric_value=round(summary["mean"], 2),
+                )
+            )
+    return eval_results_to_model_index(name, found) if found else []
+
+
+def _summaries(items: Sequence[Item], values: dict[str, list[float]]) -> dict[str, Any]:
+    """Means of all rows and of every type of question."""
+    kinds: dict[str, list[int]] = {}
+    for row, item in enumerate(items):
+        kinds.setdefault(item.kind, []).append(row)
+    patients = [item.patient for item in items]
+    by_kind: dict[str, dict[str, Any]] = {}
+    for kind, rows in sorted(kinds.items()):
+        own = [patients[row] for row in rows]
+        by_kind[kind] = {name: _summary([found[row] for row in rows], own) for name, found in values.items()}
+        by_kind[kind]["rows"] = len(rows)
+    metrics = {
+        name: {
+            **_summary(found, patients),
+            "mean_of_kinds": float(np.mean([by_kind[kind][name]["mean"] for kind in by_kind])),
+        }
+        for name, found in values.items()
+    }
+    return {"rows": len(items), "patients": len(set(patients)), "metrics": metrics, "kinds": by_kind}
+
+
+def _summary(values: list[float], patients: list[str]) -> dict[str, Any]:
+    interval = bootstrap_interval(values, patients) if len(set(patients)) > 1 else None
+    return {"mean": float(np.mean(values)), "interval": interval}
+
+
+def _cell(summary: dict[str, Any] | None) -> str:
+    if summary is None:
+        return "-"
+    low_high = summary["interval"]
+    return f"{summary['mean']:.1f}" + (f" [{low_high[0]:.1f}, {low_high[1]:.1f}]" if low_high else "")
