@@ -159,7 +159,8 @@ def _macro(hits, told, real) -> float:
 
 
 _WORDS = {
-    "Medical material": r"medical material|catheters?|stents?|pacemakers?|prosthes[ie]s|tracheostomy|sutures?|surgical clips?|port(?:-a-)?cath|drains?|endotracheal tube|nasogastric tube|implants?|metallic",
+    "Medical material": r"medical material|catheters?|stents?|pacemakers?|prosthes[ie]s|tracheostomy|sutures?|"
+    r"surgical clips?|port(?:-a-)?cath|drains?|endotracheal tube|nasogastric tube|implants?|metallic",
     "Arterial wall calcification": r"(?:aort\w*|arter\w+|vascular|atheromat\w+)[^.;]*?(?:calcifi\w+|plaques?)|"
     r"calcifi\w+[^.;]*?(?:aort\w*|arter\w+)|atheroscleros\w+",
     "Cardiomegaly": r"cardiomegaly|(?:heart|cardiac)[^.;]*?(?:enlarged|increased)|enlarged (?:heart|cardiac)",

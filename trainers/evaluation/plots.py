@@ -53,7 +53,7 @@ def plot_kinds(result: dict[str, Any], file: Path) -> bool:
         rows = [result[part]["rows"], *(result[part]["kinds"][kind]["rows"] for kind in kinds)]
         axis.set_yticks(range(len(names)), [f"{name} ({count})" for name, count in zip(names, rows)])
         axis.set_ylim(len(names) - 0.5, -0.5)
-        axis.set_xlim(0, 100)
+        axis.set_xlim(-2, 102)
         axis.set_title(TITLES[part], loc="left", fontsize=10)
         axis.grid(axis="x", alpha=0.3)
         axis.spines[["top", "right"]].set_visible(False)

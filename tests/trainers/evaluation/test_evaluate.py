@@ -160,7 +160,7 @@ def test_predictions_may_bring_their_own_references(tmp_path):
         rows.writerow(["3", "no mass", "no mass", "", "", "mass", "q"])
     result = evaluate(tmp_path / "r.json", predictions=file, baselines=[])
     assert result["closed"]["kinds"]["organ"]["strict"]["mean"] == 50
-    assert result["open"]["metrics"]["bleu1"]["mean"] == 100
+    assert result["open"]["metrics"]["bleu1"]["mean"] == pytest.approx(100)
 
 
 def test_a_run_that_was_interrupted_goes_on_with_the_same_batches(model_folder, monkeypatch, tmp_path):
@@ -220,7 +220,7 @@ def test_rows_that_cannot_be_answered_are_counted(model_folder, tmp_path):
     result = evaluate(tmp_path / "r.json", model=str(model_folder), data="ct-rate", root=root, progress=False)
     assert result["counts"] == {"rows": 3, "scored": 2, "unanswered": 1, "bad_rows": 1}
     assert result["unanswered"] == ["ct-rate-valid_1_a_1"]
-    assert result["bad_rows"][0].startswith("validation_reports.csv, line 6: VolumeName")
+    assert result["bad_rows"][0].startswith("validation_reports.csv, line 7: VolumeName")
     assert "1 of 3 rows could not be answered" in format_results(result)
 
 
@@ -262,19 +262,8 @@ def test_missing_and_double_predictions_are_refused(tmp_path):
 
 
 def command(folder, root, out, *launch) -> list[str]:
-    start = [sys.executable, *launch, "-m", "ct_moe.hub.cli"] if not launch else [sys.executable, *launch]
-    return [
-        *start,
-        "evaluate",
-        "--model",
-        str(folder),
-        "--data",
-        "ct-rate-vqa",
-        "--root",
-        str(root),
-        "--out",
-        str(out),
-    ]
+    paths = ["--model", str(folder), "--root", str(root), "--out", str(out)]
+    return [sys.executable, *launch, "-m", "ct_moe.hub.cli", "evaluate", "--data", "ct-rate-vqa", *paths]
 
 
 @pytest.mark.slow
@@ -298,7 +287,7 @@ def test_killed_and_restarted_and_in_two_processes_the_results_are_the_same(mode
     assert killed.read_bytes() == whole.read_bytes()
 
     two = tmp_path / "two.json"
-    launch = ["-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=0", "-m", "ct_moe.hub.cli"]
+    launch = ["-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=0"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     run = subprocess.run(
         [*command(model_folder, root, two, *launch), *batches], env=environment, capture_output=True, text=True
