@@ -66,6 +66,20 @@ from .tensor_mapping import TOWERS, TensorPlan, plan_tensors
 from .volume_encoder import VolumeEncoderReport, add_encoder_config, open_volume_encoder, read_volume_encoder
 
 
+# Of the image processor: how scans become slices. All else about pictures is the base's.
+IMAGE_SETTINGS = (
+    "slab_mm",
+    "max_slices",
+    "num_slices",
+    "slab_reduction",
+    "windows",
+    "intensity",
+    "reorient",
+    "nominal_mm",
+    "crop_body",
+)
+
+
 PARITY_LIMIT = 1e-5  # largest absolute difference of two float32 logits, design section 2.2
 _SEED = 0  # of the added parameters: converting twice gives identical files
 
@@ -176,8 +190,8 @@ def convert_base(
         volume_encoder: folder or Hub id of M3D-CLIP, or of an encoder in its format, whose weights the 3D encoder gets
             and whose geometry `volume_encoder_config` takes over; without it a 3D encoder starts from random weights.
         volume_encoder_revision: branch, tag or commit of its Hub repository.
-        **ct_moe_overrides: fields of `CTMoEConfig` and `CTMoEVisionConfig` that the base does not determine, such as
-            `tasks`, `pool`, `num_experts` or `volume_layers`.
+        **ct_moe_overrides: fields of `CTMoEConfig`, `CTMoEVisionConfig` and `CTMoEImageProcessor` that the base does
+            not determine, such as `tasks`, `pool`, `num_experts`, `volume_layers`, `slab_mm` or `intensity`.
 
     Returns:
         The report, also written as `conversion_report.json`.
@@ -204,8 +218,10 @@ def convert_base(
             step("reading the 3D encoder")
             encoder = open_volume_encoder(volume_encoder, volume_encoder_revision)
             ct_moe_overrides = add_encoder_config(ct_moe_overrides, encoder)
-        config = _make_config(source.config, ct_moe_overrides)
-        processor, template_note = _make_processor(source, config, chat_template)
+        image_settings = {name: value for name, value in ct_moe_overrides.items() if name in IMAGE_SETTINGS}
+        rest = {name: value for name, value in ct_moe_overrides.items() if name not in IMAGE_SETTINGS}
+        config = _make_config(source.config, rest)
+        processor, template_note = _make_processor(source, config, chat_template, image_settings)
 
         step("mapping tensors")
         tensors = read_index(source.folder)
@@ -283,7 +299,7 @@ def _make_config(base: LlavaConfig, overrides: dict[str, Any]) -> CTMoEConfig:
             raise ConversionError(
                 name,
                 "not a field that a conversion can set",
-                f"Set one of {', '.join(sorted(free_vision | free_top))}; all others come from the base",
+                f"Set one of {', '.join(sorted(free_vision | free_top | {*IMAGE_SETTINGS}))}; others are the base's",
             )
         (vision if name in free_vision else top)[name] = value
     try:
@@ -292,7 +308,9 @@ def _make_config(base: LlavaConfig, overrides: dict[str, Any]) -> CTMoEConfig:
         raise ConversionError("the configuration", one_line(error), "Give the field a value of its type") from error
 
 
-def _make_processor(source: Base, config: CTMoEConfig, chat_template: str | None) -> tuple[CTMoEProcessor, str]:
+def _make_processor(
+    source: Base, config: CTMoEConfig, chat_template: str | None, overrides: dict[str, Any]
+) -> tuple[CTMoEProcessor, str]:
     """The processor, and what was done to the base's chat template."""
     try:
         tokenizer = AutoTokenizer.from_pretrained(source.folder, trust_remote_code=False)
@@ -315,13 +333,16 @@ def _make_processor(source: Base, config: CTMoEConfig, chat_template: str | None
     note = f"{'the caller' if chat_template else 'the base'}'s own{change}"
     image_settings = read_image_settings(source)
     size = config.vision_config.image_size
+    if config.volume_encoder_config is not None:
+        if "num_slices" in overrides:
+            raise ConversionError("num_slices", "follows from the 3D encoder", "Leave it out")
+        overrides = {"num_slices": config.volume_encoder_config.num_slices, **overrides}
     image_processor = CTMoEImageProcessor(
         size={"height": size, "width": size},
         patch_size=config.vision_config.patch_size,
         image_mean=image_settings["image_mean"],
         image_std=image_settings["image_std"],
-        # A 3D encoder was made for a number of slices.
-        num_slices=None if config.volume_encoder_config is None else config.volume_encoder_config.num_slices,
+        **overrides,
     )
     processor = CTMoEProcessor(
         image_processor=image_processor,

@@ -31,7 +31,7 @@ from datasets import Dataset
 from pretrain_base import SLICES
 
 import ct_moe
-from ct_moe import CTMoEError, CTMoEProcessor
+from ct_moe import CTMoEError
 from ct_moe.hub.conversion import convert_base
 from ct_moe.hub.folder import load_folder, new_folder, write_folder
 from ct_moe.trainers.recipe import load_recipe
@@ -73,12 +73,8 @@ def demo_rows(file: Path) -> Dataset:
 
 
 def make_model(base: Path, folder: Path, **settings) -> None:
-    """Convert the base and give the result the slices it was pretrained on."""
-    convert_base(base, folder, parity=False, progress=False, **settings)
-    processor = CTMoEProcessor.from_pretrained(folder)
-    for name, value in SLICES.items():
-        setattr(processor.image_processor, name, value)
-    processor.save_pretrained(folder)
+    """Convert the base to a model that sees the slices it was pretrained on."""
+    convert_base(base, folder, parity=False, progress=False, **SLICES, **settings)
 
 
 def save_small(trained: Path, out: Path) -> None:

@@ -34,7 +34,14 @@ from transformers import (
 )
 
 import ct_moe.hub.conversion
-from ct_moe import ConversionError, CTMoEError, CTMoEForConditionalGeneration, ModelError
+from ct_moe import (
+    ConversionError,
+    CTMoEConfig,
+    CTMoEError,
+    CTMoEForConditionalGeneration,
+    CTMoEProcessor,
+    ModelError,
+)
 from ct_moe.hub.conversion import convert_base
 from ct_moe.hub.folder import save_folder
 from ct_moe.hub.tiny_base import build_tiny_base
@@ -441,6 +448,14 @@ def test_overrides_reach_both_configs_and_the_processor(phi3, tmp_path):
     assert report.parity.max_abs_difference <= 1e-5
 
 
+def test_how_scans_become_slices_is_set_with_the_rest(phi3, tmp_path):
+    settings = {"slab_mm": 3.0, "max_slices": 8, "slab_reduction": ["mean", "max", "mean"], "intensity": "display"}
+    convert_base(phi3[0], tmp_path / "out", progress=False, parity=False, num_experts=2, **settings)
+    images = CTMoEProcessor.from_pretrained(tmp_path / "out").image_processor
+    assert {name: getattr(images, name) for name in settings} == settings
+    assert images.size["height"] == CTMoEConfig.from_pretrained(tmp_path / "out").vision_config.image_size
+
+
 def test_a_dense_model(phi3, tmp_path):
     report = convert_base(phi3[0], tmp_path / "out", progress=False, moe_layers=[])
     assert list(report.added_names) == ["scale embedding"]
@@ -450,6 +465,7 @@ def test_a_dense_model(phi3, tmp_path):
 @pytest.mark.parametrize(
     ("override", "message"),
     [
+        ({"intensity": "raw"}, "intensity: 'raw' is unknown"),
         ({"hidden_size": 32}, "hidden_size: not a field that a conversion can set. Set one of .*num_experts"),
         ({"experts": 4}, "experts: not a field"),
         ({"num_experts": "four"}, "num_experts"),
