@@ -370,7 +370,9 @@ def evaluate(
     labeller: Annotated[
         str | None, typer.Option(help="Report classifier for the 18 labels: folder or Hub id; by default rules.")
     ] = None,
-    scorer: Annotated[list[str] | None, typer.Option(help="Further metric, module:function; may be repeated.")] = None,
+    scorer: Annotated[
+        list[str] | None, typer.Option(help="bertscore=FOLDER, ratescore, green, module:function.")
+    ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Rows that go through the model together.")] = 8,
     volume_cache: Annotated[Path | None, typer.Option(help="Folder for processed scans.")] = None,
     revision: RevisionOption = None,

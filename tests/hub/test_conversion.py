@@ -449,7 +449,7 @@ def test_overrides_reach_both_configs_and_the_processor(phi3, tmp_path):
 
 
 def test_how_scans_become_slices_is_set_with_the_rest(phi3, tmp_path):
-    settings = {"slab_mm": 3.0, "max_slices": 8, "slab_reduction": ["mean", "max", "mean"], "intensity": "display"}
+    settings = {"slab_mm": 3.0, "max_slices": 8, "slab_reduction": ("mean", "max", "mean"), "intensity": "display"}
     convert_base(phi3[0], tmp_path / "out", progress=False, parity=False, num_experts=2, **settings)
     images = CTMoEProcessor.from_pretrained(tmp_path / "out").image_processor
     assert {name: getattr(images, name) for name in settings} == settings

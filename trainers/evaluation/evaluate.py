@@ -25,7 +25,6 @@ The same arguments give the same OUT.json, however often the run was killed and 
 
 import csv
 import hashlib
-import importlib
 import json
 import os
 from collections.abc import Callable, Sequence
@@ -44,6 +43,7 @@ from ..phantoms.controls import blind
 from ..volume_cache import VolumeCache
 from .abnormality_labels import classifier_labels, rule_labels
 from .baselines import labels_to_template, majority, nearest_reports
+from .model_scorers import find_scorer
 from .plots import plot_kinds
 from .predictions import predict
 from .results import model_index, score_predictions
@@ -83,7 +83,7 @@ def evaluate(
             again; "labels" needs a data set with labels.
         rows: so many rows of the split, chosen by their ids, the same every time.
         labeller: folder or Hub id of a report classifier for the 18 labels of CT-RATE, by default built-in rules.
-        scorers: further metrics, `module:function`: (texts, references) -> one number each.
+        scorers: further metrics, as `find_scorer` takes them: `bertscore=FOLDER`, `module:function` and others.
         meteor: as in `text_scores`.
         revision, dtype: of the model.
         batch_size: rows that go through the model together. It is part of what a run is: another one starts anew.
@@ -107,7 +107,7 @@ def evaluate(
     if data is None and (model is not None or baselines):
         raise DataError("data", "is missing", f"Name one of {', '.join(DATA_SETS)} and its folder")
     state = PartialState(cpu=not torch.cuda.is_available())
-    extra = {name: _function(name) for name in scorers}
+    extra = dict(find_scorer(name) for name in scorers)
 
     about: dict[str, Any] = {}
     bad: list[BadRow] = []
@@ -293,14 +293,6 @@ def _reader(processor, cache, intensity: str) -> Callable[[str], dict]:
     from ct_moe import CTMoEImageProcessor
 
     return CTMoEImageProcessor(size={"height": 32, "width": 32}, patch_size=16, intensity=intensity).process_volume
-
-
-def _function(name: str) -> Callable:
-    module, _, function = name.partition(":")
-    try:
-        return getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError, ValueError) as error:
-        raise DataError(f"scorer {name}", "cannot be imported", "Write module:function") from error
 
 
 def _intensity(processor) -> str:

@@ -19,13 +19,13 @@ from types import ModuleType
 from ct_moe import CTMoEError
 
 
-def library(name: str, extra: str = "eval") -> ModuleType:
+def library(name: str, *, package: str = "ct-moe[eval]") -> ModuleType:
     """Import a module of an optional dependency.
 
     Raises:
-        CTMoEError: it is not installed; the remedy names the extra that brings it.
+        CTMoEError: it is not installed; the remedy names the package that brings it.
     """
     try:
         return import_module(name)
     except ModuleNotFoundError as error:
-        raise CTMoEError(error.name, "is not installed", f'Run: pip install "ct-moe[{extra}]"') from error
+        raise CTMoEError(error.name, "is not installed", f'Run: pip install "{package}"') from error

@@ -232,7 +232,7 @@ def test_rows_that_cannot_be_answered_are_counted(model_folder, tmp_path):
         ({"data": None}, "data: is missing"),
         ({"data": "m3d-vqa"}, "its scans are 'display'"),
         ({"baselines": ["best"]}, "'best' is unknown"),
-        ({"scorers": ["nowhere:f"]}, "cannot be imported"),
+        ({"scorers": ["nowhere:f"]}, "cannot be found"),
         ({"root": None}, "Name the folder"),
         ({"split": "dev"}, "has no split dev"),
     ],
