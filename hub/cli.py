@@ -346,11 +346,36 @@ def check(
         found = check_data_set(data, root, split, scans=scans, workers=workers)
         about = find_data_set(data)
     print(check_text(found, about, split))
+    if (
+        found.missing
+        and data.startswith("ct-rate")
+        and any((root / "dataset" / old).is_dir() for old in ("train", "valid"))
+    ):
+        print("Scans of version 1 are there: ct-moe fix-ct-rate makes those of version 2 of them.")
     if out is not None:
         out.write_text(json.dumps(found.as_dict(), indent=2) + "\n", encoding="utf-8")
         print(f"Wrote {out}")
     if not found.is_whole:
         raise typer.Exit(1)
+
+
+@app.command("fix-ct-rate")
+def fix_ct_rate(
+    root: Annotated[Path, typer.Argument(help="Folder of the download.")],
+    split: Annotated[Literal["train", "validation"], typer.Option(help="Split to repair.")] = "train",
+    out: Annotated[
+        Path | None, typer.Option(help="Where the repaired scans go; by default beside the others.")
+    ] = None,
+) -> None:
+    """Write scans of CT-RATE's version 1, whose headers are empty, as scans of version 2: in HU, with voxel size."""
+    with _quiet_libraries():
+        from ct_moe.trainers.data_sets.ct_rate_fix import fix_scans
+
+        failed = fix_scans(root, split, out=out)
+    for name, finding in failed.items():
+        _warn(f"{name}: {finding}")
+    if failed:
+        _fail(f"{len(failed)} scans could not be repaired")
 
 
 @app.command()

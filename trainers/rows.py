@@ -97,7 +97,7 @@ def load_rows(
     Args:
         source: .csv, .tsv, .json, .jsonl or .parquet file; folder of `Dataset.save_to_disk`; folder laid out like a
             dataset repository; Hub id `owner/name`; `NAME:FOLDER` for the download of a data set of `DATA_SETS`, such
-            as `ct-rate:/data/CT-RATE`; data set in memory.
+            as `ct-rate:/data/CT-RATE`, or several of these, separated by commas; data set in memory.
         split: of a folder, Hub id or published data set. A file or a single saved `Dataset` is taken whole.
         streaming: read and check rows as they are needed; otherwise all are read and checked now.
         revision: branch, tag or commit of a Hub repository.
@@ -118,9 +118,10 @@ def load_rows(
     if not isinstance(source, (str, os.PathLike)):
         raise DataError("data set", f"is a {type(source).__name__}", "Pass a path, a Hub id, or one split of it")
     source, suffix = os.fspath(source), Path(source).suffix.lower()
-    published, _, root = source.partition(":")
-    if root and published in DATA_SETS:
-        return _to_rows(data_set_rows(published, root, split, streaming=streaming), _Reader(source), streaming)
+    published = [part.strip().partition(":") for part in source.split(",")]
+    if all(root and name in DATA_SETS for name, _, root in published):
+        parts = [data_set_rows(name, root, split, streaming=streaming) for name, _, root in published]
+        return _to_rows(datasets.concatenate_datasets(parts), _Reader(source), streaming)
     folder = os.path.abspath(source)
     if os.path.isdir(source):
         rows = _read_folder(folder, split, streaming, name)

@@ -72,6 +72,14 @@ def test_every_data_set_gives_training_rows_whose_scans_load(name, downloads):
     assert DATA_SETS[name].licence in check_text(report, DATA_SETS[name], "train")
 
 
+def test_several_data_sets_follow_each_other(downloads):
+    names = ["m3d-cap", "m3d-vqa", "own"]
+    sources = ", ".join(f"{name}:{downloads[name]}" for name in names)
+    wanted = [row for name in names for row in load_rows(f"{name}:{downloads[name]}")["completion"]]
+    assert load_rows(sources)["completion"] == wanted
+    assert [row["completion"] for row in load_rows(sources, streaming=True)] == wanted
+
+
 def test_m3d_captions_are_the_cases_text(downloads):
     train = items(downloads, "m3d-cap")
     assert [item.completion for item in train] == ["The liver is normal in case 000012."] * 2
