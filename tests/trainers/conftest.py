@@ -89,3 +89,12 @@ def trained_model(model_folder):
             if ".moe." in name or "guide_encoder" in name or "task_router" in name or "scale_embedding" in name:
                 parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
     return model, processor
+
+
+@pytest.fixture
+def unused_tcp_port() -> int:
+    import socket
+
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        return server.getsockname()[1]

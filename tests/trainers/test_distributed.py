@@ -78,15 +78,6 @@ def run(exact_folder, settings, tmp_path, unused_tcp_port):
     return run
 
 
-@pytest.fixture
-def unused_tcp_port() -> int:
-    import socket
-
-    with socket.socket() as server:
-        server.bind(("127.0.0.1", 0))
-        return server.getsockname()[1]
-
-
 def mixed_rows(scans, unlabelled: bool = True) -> list[dict]:
     """Of no, one and two volumes, perhaps one without a task: shares of the global batch that are not alike."""
     return [

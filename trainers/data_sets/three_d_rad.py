@@ -20,7 +20,8 @@ ROOT/3DRAD/train/Task3_Medical_Computation/Size.csv     Task, Subtask, VolumeNam
 
 Unused cells hold "-". The scans are those of a CT-RATE download (version 2) in the same ROOT; the test files call them
 test_1_a_1.nii.gz, which are CT-RATE's valid_1_a_1.nii.gz. The folders number the first two tasks the other way round
-than the paper: the kind of a question is the folder's name without its number. Not for commercial use, as CT-RATE.
+than the paper: the kind of a question is the folder's name without its number, and the file's. The paper's score of a
+task is the mean over its files. Not for commercial use, as CT-RATE.
 """
 
 import re
@@ -46,7 +47,8 @@ def read_vqa(root: Path, split: str) -> Iterator[Item | BadRow]:
     if not files:
         raise DataError(str(base / split), "holds no Task folders", "Name the folder of the download")
     for file in files:
-        kind = re.sub(r"^Task\d+_", "", file.parent.name).replace("_", " ").lower()
+        task = re.sub(r"^Task\d+_", "", file.parent.name).replace("_", " ").lower()
+        kind = f"{task}, {file.stem.replace('_', ' ')}"
         for line, row in read_csv(file, _COLUMNS):
             cells = {name: "" if row[name].strip() == "-" else row[name].strip() for name in _COLUMNS}
             name = re.sub(r"^test_", "valid_", cells["VolumeName"])

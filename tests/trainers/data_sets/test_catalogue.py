@@ -156,8 +156,12 @@ def test_radgenome_takes_the_scans_of_ct_rate_where_it_has_none(downloads, tmp_p
 
 def test_3d_rad_names_its_kinds_and_finds_test_scans(downloads):
     opened, closed = items(downloads, "3d-rad", "test")
-    assert (opened.kind, opened.task, opened.prompt) == ("medical computation", "vqa_open", "What is its size?")
-    assert (closed.kind, closed.completion, closed.choices) == ("existence detection", "A. Yes", ["Yes", "No"])
+    assert (opened.kind, opened.task, opened.prompt) == ("medical computation, Size", "vqa_open", "What is its size?")
+    assert (closed.kind, closed.completion, closed.choices) == (
+        "existence detection, Lung nodule",
+        "A. Yes",
+        ["Yes", "No"],
+    )
     assert "valid_fixed/valid_1/" in closed.images[0]
     hub = downloads["3d-rad"] / "3DRAD"
     assert len(list(read_items("3d-rad", hub, "test"))) == 2

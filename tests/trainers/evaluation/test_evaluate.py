@@ -15,7 +15,6 @@
 
 import csv
 import json
-import os
 import shutil
 import signal
 import subprocess
@@ -263,18 +262,18 @@ def test_missing_and_double_predictions_are_refused(tmp_path):
 
 def command(folder, root, out, *launch) -> list[str]:
     paths = ["--model", str(folder), "--root", str(root), "--out", str(out)]
-    return [sys.executable, *launch, "-m", "ct_moe.hub.cli", "evaluate", "--data", "ct-rate-vqa", *paths]
+    launch = [*launch, "-m", "ct_moe.hub.cli", "evaluate"]
+    return [sys.executable, *launch, "--data", "ct-rate-vqa", "--batch-size", "1", *paths]
 
 
 @pytest.mark.slow
-def test_killed_and_restarted_and_in_two_processes_the_results_are_the_same(model_folder, tmp_path):
+def test_killed_and_restarted_and_in_two_processes_the_results_are_the_same(model_folder, tmp_path, unused_tcp_port):
     root = write_ct_rate(tmp_path)
-    batches = ["--batch-size", "1"]
     whole = tmp_path / "whole.json"
-    subprocess.run([*command(model_folder, root, whole), *batches], check=True, capture_output=True)
+    subprocess.run(command(model_folder, root, whole), check=True, capture_output=True)
 
     killed = tmp_path / "killed.json"
-    process = subprocess.Popen([*command(model_folder, root, killed), *batches], stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(command(model_folder, root, killed), stderr=subprocess.DEVNULL)
     part = tmp_path / "killed.predictions.jsonl.part-0"
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and not (part.exists() and part.read_bytes().count(b"\n") >= 2):
@@ -283,16 +282,15 @@ def test_killed_and_restarted_and_in_two_processes_the_results_are_the_same(mode
     process.wait()
     assert part.exists()
     assert not killed.exists()
-    subprocess.run([*command(model_folder, root, killed), *batches], check=True, capture_output=True)
+    subprocess.run(command(model_folder, root, killed), check=True, capture_output=True)
     assert killed.read_bytes() == whole.read_bytes()
 
     two = tmp_path / "two.json"
-    launch = ["-m", "torch.distributed.run", "--nproc-per-node=2", "--master-port=0"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    run = subprocess.run(
-        [*command(model_folder, root, two, *launch), *batches], env=environment, capture_output=True, text=True
-    )
+    launch = ["-m", "accelerate.commands.launch", "--multi_gpu", "--num_processes", "2", "--num_machines", "1"]
+    launch += ["--mixed_precision", "no", "--dynamo_backend", "no", "--main_process_port", str(unused_tcp_port)]
+    run = subprocess.run(command(model_folder, root, two, *launch), capture_output=True, text=True)
     assert run.returncode == 0, run.stderr[-2000:]
     assert run.stdout.count("Wrote") == 1
     assert two.read_bytes() == whole.read_bytes()
-    assert (tmp_path / "two.predictions.jsonl").read_bytes() == (tmp_path / "whole.predictions.jsonl").read_bytes()
+    answers = [file.with_suffix(".predictions.jsonl").read_bytes() for file in (whole, killed, two)]
+    assert answers[0] == answers[1] == answers[2]
