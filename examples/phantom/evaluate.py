@@ -58,6 +58,7 @@ def run(args: argparse.Namespace) -> None:
         split=args.split,
         scans=args.scans,
         controls=[name for name in args.controls.split(",") if name],
+        tasks=("vqa_closed", "vqa_open", "report", "plane"),
         volume_cache=VolumeCache(args.data / "slices", processor.image_processor),
         batch_size=args.batch,
     )

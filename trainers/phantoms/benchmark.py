@@ -16,6 +16,7 @@
 Intervals are 95 % bootstrap intervals over scans.
 """
 
+import copy
 import json
 from collections import Counter
 from collections.abc import Iterable, Sequence
@@ -76,14 +77,15 @@ def evaluate_phantoms(
         split: "validation" or "test".
         scans: first so many scans only.
         controls: names from `CONTROL_NAMES`, and "flipped"; they are run on closed questions.
-        tasks: kinds of rows to answer.
+        tasks: kinds of rows to answer; "plane" for the questions about the stored plane, which are answered with
+            `reorient=False` and stay out of the totals.
         task: as in `answer_rows`.
         volume_cache, batch_size, progress: as in `answer_rows`.
 
     Returns:
         `closed` (`accuracy`, `interval`, `n`, `letter`, `m3d`, `mean_of_kinds`, `kinds`, `templates`,
         `unseen_acquisition`, `held_out`), `majority` (the usual answer of each template in train), `controls`, `open`,
-        `report` and `answers` (per row; not for print).
+        `report`, `plane` (`accuracy`, `interval`, `n`) and `answers` (per row; not for print).
     """
     controls, known = list(controls), (*CONTROL_NAMES, "flipped")
     if unknown := [name for name in controls if name not in known]:
@@ -163,6 +165,16 @@ def evaluate_phantoms(
             asked, answers
         )
         keep(asked, answers, [None] * len(asked))
+    if "plane" in tasks:
+        asked = [row for row in _lines(Path(data) / f"{split}_plane.jsonl") if row["images"] in labels]
+        as_stored = copy.deepcopy(processor)
+        as_stored.image_processor.reorient = False
+        answers = answer_rows(model, as_stored, asked, **{**settings, "volume_cache": None})
+        scores = score_closed(asked, [said.text for said in answers])
+        right = np.array([float(score["strict"]) for score in scores])
+        interval = bootstrap_interval(right, [row["images"] for row in asked])
+        result["plane"] = {"accuracy": float(right.mean()), "interval": interval, "n": len(asked)}
+        keep(asked, answers, right.astype(bool).tolist())
     return result
 
 
@@ -191,6 +203,9 @@ def format_scores(result: dict[str, Any]) -> str:
         if "flipped" in result["controls"]:
             flip = result["controls"]["flipped"]
             lines.append(f"left and right exchanged: the side follows in {_percent(flip['follows'])} of {flip['n']}")
+    if "plane" in result:
+        plane = result["plane"]
+        lines.append(f"stored plane            {100 * plane['accuracy']:8.1f}   of {plane['n']}, in no total")
     if "open" in result:
         lines.append(f"open questions          {100 * result['open']['accuracy']:8.1f}   of {result['open']['n']}")
     if "report" in result:

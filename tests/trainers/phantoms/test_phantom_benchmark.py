@@ -376,6 +376,24 @@ def test_first_scans_only(data):
     assert len(all_labels) == 2
 
 
+def test_the_plane_is_told_from_slices_as_they_are_stored_and_is_in_no_total(tiny, data, limits, monkeypatch):
+    seen = []
+
+    def tell(model, processor, rows, **settings):
+        seen.append((processor.image_processor.reorient, settings["volume_cache"], [row["kind"] for row in rows]))
+        return [Answer(row["completion"] if index else "", 0) for index, row in enumerate(rows)]
+
+    monkeypatch.setattr(benchmark, "answer_rows", tell)
+    found = evaluate_phantoms(*tiny, data, tasks=["vqa_closed", "plane"], controls=(), progress=False)
+    assert seen[1] == (False, None, ["plane"] * 2)
+    assert seen[0][0]
+    assert tiny[1].image_processor.reorient
+    assert (found["plane"]["accuracy"], found["plane"]["n"]) == (0.5, 2)
+    assert "plane" not in found["closed"]["kinds"]
+    assert found["closed"]["n"] == len([a for a in found["answers"] if a["kind"] != "plane"])
+    assert "stored plane" in format_scores(found)
+
+
 def test_one_scan_is_enough_for_reports(tiny, data, cache, limits):
     found = evaluate_phantoms(
         *tiny, data, split="validation", scans=1, tasks=("report",), volume_cache=cache, progress=False
