@@ -23,7 +23,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -336,21 +336,32 @@ def check(
     workers: Annotated[
         int | None, typer.Option(min=1, help="Scans loaded at a time; by default one per core.")
     ] = None,
+    intensity: Annotated[
+        Literal["hu", "display"], typer.Option(help="What your own scans hold; published data sets know theirs.")
+    ] = "hu",
+    items: Annotated[
+        Path | None, typer.Option(help="File for all rows with their ids, as JSONL: what another system is to answer.")
+    ] = None,
     out: Annotated[Path | None, typer.Option(help="File for everything found, as JSON.")] = None,
 ) -> None:
     """Look through a download before training: lines that cannot be used, scans that are missing or broken."""
-    with _quiet_libraries():
+    with _quiet_libraries(), ExitStack() as files:
         from ct_moe.trainers.data_sets.catalogue import find_data_set
         from ct_moe.trainers.data_sets.check import check_data_set, check_text
 
-        found = check_data_set(data, root, split, scans=scans, workers=workers)
         about = find_data_set(data)
+        for new in (items, out):  # before hours of loading
+            if new is not None and not new.parent.is_dir():
+                raise CTMoEError(str(new), "is in no existing folder", "Make the folder first")
+        write = None
+        if items is not None:
+            file = files.enter_context(items.open("w", encoding="utf-8"))
+            names = ("id", "images", "prompt", "task", "kind")
+            write = lambda item: print(json.dumps({n: getattr(item, n) for n in names}), file=file)  # noqa: E731
+        found = check_data_set(data, root, split, scans=scans, intensity=intensity, each=write, workers=workers)
     print(check_text(found, about, split))
-    if (
-        found.missing
-        and data.startswith("ct-rate")
-        and any((root / "dataset" / old).is_dir() for old in ("train", "valid"))
-    ):
+    old = [root / "dataset" / name for name in ("train", "valid")]
+    if found.missing and data.startswith("ct-rate") and any(folder.is_dir() for folder in old):
         print("Scans of version 1 are there: ct-moe fix-ct-rate makes those of version 2 of them.")
     if out is not None:
         out.write_text(json.dumps(found.as_dict(), indent=2) + "\n", encoding="utf-8")
@@ -371,7 +382,8 @@ def fix_ct_rate(
     with _quiet_libraries():
         from ct_moe.trainers.data_sets.ct_rate_fix import fix_scans
 
-        failed = fix_scans(root, split, out=out)
+        written, failed = fix_scans(root, split, out=out)
+    print(f"{written} scans repaired")
     for name, finding in failed.items():
         _warn(f"{name}: {finding}")
     if failed:
@@ -398,7 +410,11 @@ def evaluate(
     scorer: Annotated[
         list[str] | None, typer.Option(help="bertscore=FOLDER, ratescore, green, module:function.")
     ] = None,
+    meteor: Annotated[
+        bool | None, typer.Option("--meteor/--no-meteor", help="By default where nltk finds a WordNet.")
+    ] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Rows that go through the model together.")] = 8,
+    max_new_tokens: Annotated[int | None, typer.Option(min=1, help="Longest answer; by default by task.")] = None,
     volume_cache: Annotated[Path | None, typer.Option(help="Folder for processed scans.")] = None,
     revision: RevisionOption = None,
     dtype: Annotated[str, typer.Option(help="float32, bfloat16 ...")] = "float32",
@@ -408,8 +424,6 @@ def evaluate(
     Several processes: accelerate launch --num_processes N -m ct_moe.hub.cli evaluate ...
     """
     with _quiet_libraries():
-        from accelerate import PartialState
-
         from ct_moe.trainers.evaluation.evaluate import evaluate as run
         from ct_moe.trainers.evaluation.results import format_results
 
@@ -424,12 +438,14 @@ def evaluate(
             rows=rows,
             labeller=labeller,
             scorers=scorer or (),
+            meteor=meteor,
             batch_size=batch_size,
+            max_new_tokens=max_new_tokens,
             volume_cache=volume_cache,
             revision=revision,
             dtype=dtype,
         )
-    if PartialState().is_main_process:
+    if result:
         for bad in result["bad_rows"][:10]:
             _warn(bad)
         if result["bad_rows"]:
@@ -492,6 +508,8 @@ def _quiet_libraries() -> Iterator[None]:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
+        # ... but not what training leaves out.
+        warnings.filterwarnings("default", module="ct_moe.trainers", message=".* lines cannot be used, the first is")
         from huggingface_hub.utils import logging as hub_logging
         from transformers.utils import logging
 

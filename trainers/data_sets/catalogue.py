@@ -36,6 +36,10 @@ from . import ct_rate, m3d, own, radgenome, three_d_rad
 from .item import BadRow, Item
 
 
+class DataSetWarning(UserWarning):
+    """Lines of a data set that training leaves out."""
+
+
 @dataclass(frozen=True)
 class DataSet:
     """A published data set.
@@ -47,7 +51,7 @@ class DataSet:
         licence: as its publishers state it.
         url: of its card.
         commercial: whether the licence allows commercial use of what is trained on it.
-        intensity: what its scans hold: "hu", or "display" for arrays in [0, 1].
+        intensity: what its scans hold: "hu", "display" for arrays in [0, 1], or `None` for what a model takes.
     """
 
     title: str
@@ -56,11 +60,11 @@ class DataSet:
     licence: str
     url: str
     commercial: bool
-    intensity: str = "hu"
+    intensity: str | None = "hu"
 
 
 _HUB = "https://huggingface.co/datasets/"
-_CT_RATE = "CC BY-NC-SA 4.0: not for commercial use; models trained on it must say so"
+_CT_RATE = "CC BY-NC-SA 4.0"
 DATA_SETS = {
     "m3d-cap": DataSet(
         "M3D-Cap",
@@ -112,7 +116,7 @@ DATA_SETS = {
         f"{_HUB}Tang-xiaoxiao/3D-RAD",
         commercial=False,
     ),
-    "own": DataSet("your own", own.read_own, ("train", "validation", "test"), "yours", "", commercial=True),
+    "own": DataSet("your own", own.read_own, ("train", "validation", "test"), "yours", "", True, intensity=None),
 }
 _FEATURES = Features(
     {
@@ -123,6 +127,11 @@ _FEATURES = Features(
     }
 )
 _AT_ONCE = 10_000  # rows that are put into a table together
+
+
+def licence_text(data_set: DataSet) -> str:
+    """The licence, and whether what is trained on the data may be used commercially."""
+    return data_set.licence + ("" if data_set.commercial else "; not for commercial use, nor are models trained on it")
 
 
 def find_data_set(name: str) -> DataSet:
@@ -148,7 +157,7 @@ def read_items(name: str, root: str | Path, split: str) -> Iterator[Item | BadRo
         if isinstance(item, Item):
             first = ids.setdefault(item.id, item.where)
             if first != item.where:
-                item = BadRow(*item.where, f"its id is that of line {first[1]}", item.patient)
+                item = BadRow(*item.where, f"its id is that of line {first[1]}")
         yield item
 
 
@@ -183,10 +192,12 @@ def _rows(name: str, root: str, split: str) -> Iterator[dict[str, Any]]:
     bad, first = 0, None
     for item in read_items(name, root, split):
         if isinstance(item, BadRow):
-            bad, first = bad + 1, first or item
+            if not item.is_left_out:
+                bad, first = bad + 1, first or item
             continue
         row = item.row()
         prompt = row["prompt"] if isinstance(row["prompt"], list) else [{"role": "user", "content": row["prompt"]}]
         yield {**row, "prompt": prompt, "completion": [{"role": "assistant", "content": row["completion"]}]}
     if bad:
-        warnings.warn(f"{name}: {bad} lines cannot be used, the first is {first}. All: ct-moe check", stacklevel=3)
+        message = f"{name}: {bad} lines cannot be used, the first is {first}. All: ct-moe check"
+        warnings.warn(message, DataSetWarning, stacklevel=3)

@@ -26,8 +26,8 @@ from tqdm.auto import tqdm
 
 from ct_moe import VolumeError, load_volume
 
-from .catalogue import DataSet, find_data_set, read_items
-from .item import BadRow
+from .catalogue import DataSet, find_data_set, licence_text, read_items
+from .item import BadRow, Item
 
 
 @dataclass
@@ -39,6 +39,7 @@ class CheckReport:
         kinds: the same by type of question.
         scans: different scans that they name.
         bad_rows: lines that give no item.
+        left_out: lines that the publishers leave out as well.
         missing: scans that are not there.
         broken: (scan, finding) of those that cannot be loaded.
         lost: items whose scan is missing or broken.
@@ -51,6 +52,7 @@ class CheckReport:
     missing: list[str] = field(default_factory=list)
     broken: list[tuple[str, str]] = field(default_factory=list)
     lost: int = 0
+    left_out: int = 0
 
     @property
     def is_whole(self) -> bool:
@@ -62,6 +64,7 @@ class CheckReport:
             "items": dict(self.items),
             "kinds": dict(self.kinds),
             "scans": self.scans,
+            "left_out": self.left_out,
             "bad_rows": [{"file": bad.file, "line": bad.line, "finding": bad.finding} for bad in self.bad_rows],
             "missing": self.missing,
             "broken": [{"scan": scan, "finding": finding} for scan, finding in self.broken],
@@ -75,6 +78,8 @@ def check_data_set(
     split: str,
     *,
     scans: Literal["none", "there", "load"] = "there",
+    intensity: Literal["hu", "display"] = "hu",
+    each: Callable[[Item], None] | None = None,
     workers: int | None = None,
     progress: bool = True,
 ) -> CheckReport:
@@ -84,6 +89,8 @@ def check_data_set(
         name, root, split: as in `read_items`.
         scans: "none" reads the texts alone; "there" also asks whether every scan is there and holds something; "load"
             loads them all, as training will: a voxel that is no HU, a cut file, a missing slice shows now.
+        intensity: of one's own scans; a published data set has its own.
+        each: called with every item.
         workers: scans that are loaded at a time; by default one per core.
         progress: whether to show bars.
 
@@ -93,15 +100,20 @@ def check_data_set(
     report, named = CheckReport(), Counter()
     for item in tqdm(read_items(name, root, split), desc="rows", unit="row", disable=not progress):
         if isinstance(item, BadRow):
-            report.bad_rows.append(item)
+            if item.is_left_out:
+                report.left_out += 1
+            else:
+                report.bad_rows.append(item)
             continue
+        if each is not None:
+            each(item)
         report.items[item.task] += 1
         report.kinds[item.kind] += 1
         named.update(set(item.images))
     report.scans = len(named)
     if scans == "none":
         return report
-    look = _is_there if scans == "there" else _loader(find_data_set(name).intensity)
+    look = _is_there if scans == "there" else _loader(find_data_set(name).intensity or intensity)
     local = [path for path in named if "://" not in path]
     for path, finding in _mapped(look, local, workers or os.cpu_count() or 1, progress):
         if finding is None:
@@ -116,9 +128,11 @@ def check_data_set(
 
 def check_text(report: CheckReport, data_set: DataSet, split: str, most: int = 10) -> str:
     """The report for people: counts, and the first `most` of everything that is wrong."""
-    lines = [f"{data_set.title}, {split}. Licence: {data_set.licence}."]
+    lines = [f"{data_set.title}, {split}. Licence: {licence_text(data_set)}."]
     lines += [f"{count:>9,} rows of {task}" for task, count in sorted(report.items.items())] or ["no row"]
     lines.append(f"{report.scans:>9,} scans")
+    if report.left_out:
+        lines.append(f"{report.left_out:>9,} lines left out, as the publishers do")
 
     def listed(what: str, found: list) -> None:
         if found:
@@ -128,8 +142,8 @@ def check_text(report: CheckReport, data_set: DataSet, split: str, most: int = 1
                 lines.append(f"          and {len(found) - most:,} more")
 
     listed("lines that cannot be used", report.bad_rows)
-    listed("scans are missing", report.missing)
-    listed("scans cannot be loaded", [f"{scan}: {finding}" for scan, finding in report.broken])
+    listed("missing scans", report.missing)
+    listed("scans that cannot be loaded", [f"{scan}: {finding}" for scan, finding in report.broken])
     if report.lost:
         lines.append(f"{report.lost:>9,} rows lose their scan: training leaves them out and says so")
     return "\n".join(lines)

@@ -31,6 +31,7 @@ Not for commercial use (CC BY-NC-SA 4.0), nor are models trained on it.
 
 import re
 from collections.abc import Iterator
+from functools import lru_cache
 from pathlib import Path
 
 from ct_moe import DataError
@@ -60,6 +61,7 @@ ABNORMALITIES = (
     "Bronchiectasis",
     "Interlobular septal thickening",
 )
+NO_CHEST = "is of no chest, by the publishers' list"
 # Names in the files: (of scans and labels, of reports and metadata).
 SPLITS = {"train": ("train", "train"), "validation": ("valid", "validation")}
 _NAME = re.compile(r"(train|valid)_(\d+)_([a-z]+)_(\d+)\.nii\.gz")
@@ -82,6 +84,7 @@ def read_reports(root: Path, split: str) -> Iterator[Item | BadRow]:
     for line, row in read_csv(file, ("VolumeName", "Findings_EN", "Impressions_EN")):
         name = row["VolumeName"].strip()
         if name in left_out:
+            yield BadRow(str(file), line, NO_CHEST, is_left_out=True)
             continue
         path = scan_path(root, name)
         if path is None or not name.startswith(scans):
@@ -89,7 +92,7 @@ def read_reports(root: Path, split: str) -> Iterator[Item | BadRow]:
             continue
         findings, impression = (_said(row[column]) for column in ("Findings_EN", "Impressions_EN"))
         if not findings and not impression:
-            yield BadRow(str(file), line, "neither findings nor impression", patient_of(name))
+            yield BadRow(str(file), line, "neither findings nor impression")
             continue
         parts = [f"Findings: {findings}"] * bool(findings) + [f"Impression: {impression}"] * bool(impression)
         yield Item(
@@ -108,6 +111,7 @@ def read_vqa(root: Path, split: str) -> Iterator[Item | BadRow]:
     """Questions of CT-CHAT: every turn of a conversation, after the turns before it. Entries without scan are none."""
     scans, _ = _names(root, split)
     file = root / "dataset" / "vqa" / f"{scans}_vqa.json"
+    left_out = no_chest(root, split)
     for number, entry in read_json_list(file):
         bad = BadRow(str(file), number, "")
         if not isinstance(entry, dict) or not isinstance(entry.get("conversations"), list):
@@ -119,6 +123,9 @@ def read_vqa(root: Path, split: str) -> Iterator[Item | BadRow]:
         name = Path(str(entry["image"])).name.replace(".npz", ".nii.gz")
         path = scan_path(root, name)
         turns = entry["conversations"]
+        if name in left_out:
+            yield BadRow(str(file), number, NO_CHEST, is_left_out=True)
+            continue
         if path is None or len(turns) % 2 or not all(_is_turn(turn) for turn in turns):
             bad.finding = (
                 "no scan of the form train_1_a_1.nii.gz" if path is None else "turns that are no conversation"
@@ -142,7 +149,7 @@ def read_vqa(root: Path, split: str) -> Iterator[Item | BadRow]:
                 where=(str(file), number),
             )
             if isinstance(item, str):
-                yield BadRow(str(file), number, f"turn {turn // 2 + 1}: {item}", patient_of(name))
+                yield BadRow(str(file), number, f"turn {turn // 2 + 1}: {item}")
                 break  # what follows would build on it
             said = item.prompt
             if history:
@@ -196,12 +203,13 @@ def patient_of(name: str) -> str:
     return "_".join(name.split("_")[:2])
 
 
-def no_chest(root: Path, split: str) -> set[str]:
+@lru_cache(maxsize=8)
+def no_chest(root: Path, split: str) -> frozenset[str]:
     """Scans that the publishers list as of no chest; none where the list was not downloaded."""
     file = root / "dataset" / "metadata" / f"no_chest_{_names(root, split)[0]}.txt"
     if not file.is_file():
-        return set()
-    return {Path(line.strip()).name for line in file.read_text(encoding="utf-8").splitlines() if line.strip()}
+        return frozenset()
+    return frozenset(Path(line.strip()).name for line in file.read_text(encoding="utf-8").splitlines() if line.strip())
 
 
 def _names(root: Path, split: str) -> tuple[str, str]:

@@ -17,6 +17,7 @@ Version 1 stores the numbers of the scanner with an empty header; slope, interce
 What is written is int16 HU with them in the header, in the folders of version 2, and marked as done.
 """
 
+import errno
 import json
 import os
 import zlib
@@ -37,7 +38,9 @@ _COLUMNS = ("VolumeName", "RescaleSlope", "RescaleIntercept", "XYSpacing", "ZSpa
 _MARK = b"fixed"  # in the header's description, as the publishers' own repair writes it
 
 
-def fix_scans(root: str | Path, split: str, *, out: str | Path | None = None, progress: bool = True) -> dict[str, str]:
+def fix_scans(
+    root: str | Path, split: str, *, out: str | Path | None = None, progress: bool = True
+) -> tuple[int, dict[str, str]]:
     """Write every scan of version 1 that is there, and is not there in version 2 yet, as one of version 2.
 
     Args:
@@ -47,7 +50,7 @@ def fix_scans(root: str | Path, split: str, *, out: str | Path | None = None, pr
         progress: whether to show a bar.
 
     Returns:
-        What could not be done, by VolumeName or line of the metadata.
+        How many were written, and what could not be done, by VolumeName or line of the metadata.
 
     Raises:
         DataError: the metadata are missing or lack a column, or the split is unknown.
@@ -58,7 +61,7 @@ def fix_scans(root: str | Path, split: str, *, out: str | Path | None = None, pr
     scans, texts = SPLITS[split]
     file = root / "dataset" / "metadata" / f"{texts}_metadata.csv"
     rows = list(read_csv(file, _COLUMNS))
-    failed: dict[str, str] = {}
+    written, failed = 0, {}
     for line, row in tqdm(rows, desc="scans", unit="scan", disable=not progress):
         name = row["VolumeName"].strip()
         target = scan_path(out, name)
@@ -70,9 +73,12 @@ def fix_scans(root: str | Path, split: str, *, out: str | Path | None = None, pr
             continue
         try:
             fix_scan(source, target, *_geometry(row))
+            written += 1
         except (OSError, ValueError, EOFError, zlib.error, ImageFileError) as error:
+            if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+                raise DataError(str(out), "the disk is full", "Make room; the same command goes on") from error
             failed[name] = error.finding if isinstance(error, VolumeError) else f"{type(error).__name__}"
-    return failed
+    return written, failed
 
 
 def fix_scan(source: Path, target: Path, slope: float, intercept: float, spacing: tuple[float, float, float]) -> None:
@@ -102,7 +108,7 @@ def fix_scan(source: Path, target: Path, slope: float, intercept: float, spacing
     fixed.header.set_xyzt_units("mm")
     fixed.header["descrip"] = _MARK
     target.parent.mkdir(parents=True, exist_ok=True)
-    part = target.with_name(f".part-{target.name}")
+    part = target.with_name(f".part-{os.getpid()}-{target.name}")
     try:
         nib.save(fixed, part)
         os.replace(part, target)
@@ -112,8 +118,11 @@ def fix_scan(source: Path, target: Path, slope: float, intercept: float, spacing
 
 def _geometry(row: dict[str, str]) -> tuple[float, float, tuple[float, float, float]]:
     """Slope, intercept and (x, y, z) of a line of the metadata, where XYSpacing is a list: "[0.7, 0.7]"."""
-    x, y = json.loads(row["XYSpacing"])
-    numbers = [float(value) for value in (row["RescaleSlope"], row["RescaleIntercept"], x, y, row["ZSpacing"])]
+    try:
+        x, y = json.loads(row["XYSpacing"])
+        numbers = [float(value) for value in (row["RescaleSlope"], row["RescaleIntercept"], x, y, row["ZSpacing"])]
+    except (ValueError, TypeError):
+        numbers = [np.nan]
     if not np.isfinite(numbers).all() or min(numbers[0], *numbers[2:]) <= 0:
         raise VolumeError(row["VolumeName"], "its metadata have no slope or voxel size", "Leave it out")
     return numbers[0], numbers[1], tuple(numbers[2:])

@@ -17,7 +17,7 @@ import csv
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +26,7 @@ from ct_moe import DataError
 
 LETTERS = "ABCD"
 _CHUNK = 1 << 20  # characters of JSON that are read at a time
+_LONGEST = 1 << 26  # of one member of a list: what is longer is damaged
 
 
 @dataclass
@@ -68,12 +69,18 @@ class Item:
 
 @dataclass
 class BadRow:
-    """A line that gives no item. It never quotes a text: that may tell who the patient is."""
+    """A line that gives no item. It never quotes a text: that may tell who the patient is.
+
+    Attributes:
+        file, line: where it is.
+        finding: why it gives none.
+        is_left_out: the publishers leave it out as well: nothing is wrong with the download.
+    """
 
     file: str
     line: int
     finding: str
-    patient: str | None = field(default=None, repr=False)
+    is_left_out: bool = False
 
     def __str__(self) -> str:
         return f"{self.file}, line {self.line}: {self.finding}"
@@ -105,7 +112,7 @@ def closed_item(
     if len(letter) != 1 or letter not in LETTERS[: len(choices)]:
         return "an answer letter that no choice has"
     right = choices[LETTERS.index(letter)]
-    if answer is not None and answer.strip() != right:
+    if answer is not None and answer.strip(" .").lower() != right.strip(" .").lower():
         return "the answer is not the choice of its letter"
     listed = " ".join(f"{letter}. {choice}" for letter, choice in zip(LETTERS, choices))
     return Item(
@@ -134,7 +141,9 @@ def read_csv(path: Path, columns: Sequence[str], dialect: type = csv.excel) -> I
             reader = csv.DictReader(file, restval="", dialect=dialect)
             missing = [column for column in columns if column not in (reader.fieldnames or ())]
             if missing:
-                found = ", ".join(str(name)[:40] for name in (reader.fieldnames or ())[:20]) or "nothing"
+                found = ", ".join(str(name)[:40] for name in (reader.fieldnames or ())[:20])
+                if len(missing) == len(columns):  # without a header these are somebody's texts
+                    found = "no known name; is the header missing?"
                 raise DataError(str(path), f"no column {', '.join(missing)}; found: {found}", "Download it again")
             line = reader.line_num + 1
             for row in reader:
@@ -181,7 +190,7 @@ def read_json_list(path: Path) -> Iterator[tuple[int, Any]]:
                         member, position = decoder.raw_decode(text, position)
                         break
                     except json.JSONDecodeError:
-                        if is_end:
+                        if is_end or len(text) - position > _LONGEST:
                             raise
                         more()
                 number += 1

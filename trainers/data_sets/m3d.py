@@ -26,6 +26,7 @@ splits are for comparison with others' alone.
 
 import json
 from collections.abc import Iterator
+from functools import lru_cache
 from pathlib import Path
 
 from ct_moe import DataError
@@ -82,7 +83,7 @@ def read_cap(root: Path, split: str) -> Iterator[Item | BadRow]:
             continue
         yield Item(
             id=f"m3d-cap-{split}-{number}",
-            images=[str(root / entry["image"])],
+            images=[_image(root, entry["image"])],
             prompt=pick(_CAP_PROMPTS, entry["image"]),
             completion=report,
             task="report",
@@ -93,7 +94,10 @@ def read_cap(root: Path, split: str) -> Iterator[Item | BadRow]:
 
 
 def read_vqa(root: Path, split: str) -> Iterator[Item | BadRow]:
-    """Every row twice, as M3D trains and tests it: closed with its four choices, and open with the choice's text."""
+    """Every row twice, as M3D trains and tests it: closed with its four choices, and open with the choice's text.
+
+    A choice "NA" is none and is not shown; M3D's own loader prints it as "nan".
+    """
     if split not in VQA_SPLITS:
         raise DataError(str(root), f"has no split {split}", f"Use one of {', '.join(VQA_SPLITS)}")
     name = f"M3D_VQA_{VQA_SPLITS[split]}.csv"
@@ -101,7 +105,7 @@ def read_vqa(root: Path, split: str) -> Iterator[Item | BadRow]:
     for line, row in read_csv(file, _VQA_COLUMNS):
         kind = KINDS.get(row["Question Type"].strip())
         common = {
-            "images": [str(root / row["Image Path"])],
+            "images": [_image(root, row["Image Path"])],
             "kind": kind or "",
             "patient": _case(row["Image Path"]),
             "where": (str(file), line),
@@ -109,14 +113,21 @@ def read_vqa(root: Path, split: str) -> Iterator[Item | BadRow]:
         question, answer = row["Question"].strip(), row["Answer"].strip()
         if kind is None or not question or not answer or not row["Image Path"].strip():
             missing = "question type" if kind is None else "image" if not row["Image Path"].strip() else "text"
-            yield BadRow(str(file), line, f"no {missing}", common["patient"])
+            yield BadRow(str(file), line, f"no {missing}")
             continue
         choices = [None if row[f"Choice {letter}"] == "NA" else row[f"Choice {letter}"] for letter in "ABCD"]
         closed = closed_item(
             question, choices, row["Answer Choice"], answer, id=f"m3d-vqa-{split}-{line}-closed", **common
         )
-        yield BadRow(str(file), line, closed, common["patient"]) if isinstance(closed, str) else closed
+        yield BadRow(str(file), line, closed) if isinstance(closed, str) else closed
         yield Item(id=f"m3d-vqa-{split}-{line}-open", prompt=question, completion=answer, task="vqa_open", **common)
+
+
+@lru_cache(maxsize=1 << 17)
+def _image(root: Path, name: str) -> str:
+    """The array that a file names or, where only that is there, a NIfTI file of this name."""
+    path, as_nifti = root / name, (root / name).with_suffix(".nii.gz")
+    return str(as_nifti if not path.is_file() and as_nifti.is_file() else path)
 
 
 def _case(image: str) -> str:

@@ -48,6 +48,12 @@ def read_own(root: Path, split: str) -> Iterator[Item | BadRow]:
         yield BadRow(str(root), line, item) if isinstance(item, str) else item
 
 
+def are_choices(choices: Any) -> bool:
+    """Whether these are two to four different texts."""
+    is_list = isinstance(choices, list) and 2 <= len(choices) <= len(LETTERS)
+    return is_list and all(isinstance(choice, str) for choice in choices) and len(set(choices)) == len(choices)
+
+
 def _lines(file: Path) -> Iterator[tuple[int, dict[str, Any] | str]]:
     if file.suffix.lower() == ".jsonl":
         try:
@@ -87,20 +93,20 @@ def _item(file: Path, line: int, row: dict[str, Any]) -> Item | str:
     if not prompt or not isinstance(prompt, (str, list)):
         return "an empty prompt"
     if choices is not None:
-        if not isinstance(choices, list) or not 2 <= len(choices) <= len(LETTERS) or len(set(choices)) < len(choices):
+        if not are_choices(choices):
             return f"choices are no list of 2 to {len(LETTERS)} different texts"
         if answer not in choices:
             return "the answer is none of the choices"
     task = row.get("task") or ("vqa_closed" if choices else "report" if prompt == REPORT_PROMPT else "vqa_open")
     images = [image if "://" in image else str(file.parent / image) for image in images]
     return Item(
-        id=str(row.get("id") or f"{file.stem}-{line}"),
+        id=f"{file.stem}-{line}" if row.get("id") is None else str(row["id"]),
         images=images,
         prompt=prompt,
         completion=completion.strip(),
         task=str(task),
         kind=str(row.get("kind") or task),
-        patient=str(row.get("patient") or (images[0] if images else f"line {line}")),
+        patient=str(row["patient"] if row.get("patient") is not None else images[0] if images else f"line {line}"),
         where=(str(file), line),
         answer=answer if choices else None,
         choices=choices,

@@ -27,11 +27,12 @@ version to version, and the scans are CT-RATE's: not for commercial use.
 import json
 import re
 from collections.abc import Iterator
+from functools import lru_cache
 from pathlib import Path
 
 from ct_moe import DataError
 
-from .ct_rate import SPLITS, patient_of, scan_path
+from .ct_rate import NO_CHEST, SPLITS, no_chest, patient_of, scan_path
 from .item import BadRow, Item, pick, read_csv
 
 
@@ -59,18 +60,22 @@ def _read_part(root: Path, split: str, part: str) -> Iterator[Item | BadRow]:
     wordings = _wordings(root / "dataset" / "qa_templates" / f"{part}_template.json")
     name = f"{split}_case_disorders.csv" if part == "disorders" else f"{split}_vqa_{part}.csv"
     file = root / "dataset" / "radgenome_files" / name
+    left_out = no_chest(root, split)
     columns = ["Volumename", answered] + [asked] * bool(asked) + ["Anatomy"] * (part != "disorders")
     for line, row in read_csv(file, columns):
         volume = row["Volumename"].strip()
         path = _scan(root, volume)
         answer = row[answered].strip()
-        region = row.get("Anatomy", "").strip().rpartition("/")[2]
+        region = row.get("Anatomy", "").strip().strip("/").rpartition("/")[2]
+        if part == "location":
+            answer = region
+        if volume in left_out:
+            yield BadRow(str(file), line, NO_CHEST, is_left_out=True)
+            continue
         if path is None or not answer or (asked and not row[asked].strip()):
             finding = "Volumename is not of the form train_1_a_1.nii.gz" if path is None else "an empty text"
             yield BadRow(str(file), line, finding)
             continue
-        if part == "location":
-            answer = region
         question = pick(wordings, f"{volume} {line}")
         question = question.replace("{abnormality}", row[asked].strip() if asked else "").replace("{region}", region)
         yield Item(
@@ -97,6 +102,7 @@ def _wordings(file: Path) -> list[str]:
     return wordings
 
 
+@lru_cache(maxsize=1 << 16)  # many rows are about one scan
 def _scan(root: Path, name: str) -> Path | None:
     parts = _NAME.fullmatch(name)
     if parts is None:

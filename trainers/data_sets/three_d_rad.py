@@ -30,7 +30,7 @@ from pathlib import Path
 
 from ct_moe import DataError
 
-from .ct_rate import patient_of, scan_path
+from .ct_rate import NO_CHEST, no_chest, patient_of, scan_path
 from .item import BadRow, Item, closed_item, read_csv
 
 
@@ -46,6 +46,7 @@ def read_vqa(root: Path, split: str) -> Iterator[Item | BadRow]:
     files = sorted((base / split).glob("Task*_*/*.csv"))
     if not files:
         raise DataError(str(base / split), "holds no Task folders", "Name the folder of the download")
+    left_out = no_chest(root, "train" if split == "train" else "validation")
     for file in files:
         task = re.sub(r"^Task\d+_", "", file.parent.name).replace("_", " ").lower()
         kind = f"{task}, {file.stem.replace('_', ' ')}"
@@ -53,6 +54,9 @@ def read_vqa(root: Path, split: str) -> Iterator[Item | BadRow]:
             cells = {name: "" if row[name].strip() == "-" else row[name].strip() for name in _COLUMNS}
             name = re.sub(r"^test_", "valid_", cells["VolumeName"])
             path = scan_path(root, name)
+            if name in left_out:
+                yield BadRow(str(file), line, NO_CHEST, is_left_out=True)
+                continue
             if path is None or not cells["Question"] or not cells["Answer"]:
                 finding = "VolumeName is not of the form train_1_a_1.nii.gz" if path is None else "an empty text"
                 yield BadRow(str(file), line, finding)
@@ -68,5 +72,8 @@ def read_vqa(root: Path, split: str) -> Iterator[Item | BadRow]:
                 item = Item(prompt=cells["Question"], completion=cells["Answer"], task="vqa_open", **common)
             else:
                 choices = [cells[f"Choice {letter}"] for letter in "ABCD"]
+                if task == "existence detection":  # the paper asks these without choices and scores the text
+                    opened = {**common, "id": f"{common['id']}-open"}
+                    yield Item(prompt=cells["Question"], completion=cells["Answer"], task="vqa_open", **opened)
                 item = closed_item(cells["Question"], choices, cells["AnswerChoice"], cells["Answer"], **common)
-            yield BadRow(str(file), line, item, common["patient"]) if isinstance(item, str) else item
+            yield BadRow(str(file), line, item) if isinstance(item, str) else item

@@ -39,14 +39,16 @@ def rule_labels(texts: Sequence[str]) -> np.ndarray:
     return np.array([[int(_is_named(pattern, text)) for pattern in _PATTERNS] for text in texts]).reshape(-1, 18)
 
 
-def classifier_labels(model: str, *, revision: str | None = None, batch_size: int = 16) -> Callable:
+rule_labels.name = "built-in rules"
+
+
+def classifier_labels(model: str, *, batch_size: int = 16) -> Callable:
     """A labeller from a text classifier with 18 outputs: texts -> `(texts, 18)` of 0 and 1.
 
     Args:
         model: folder or Hub id of an `AutoModelForSequenceClassification` in safetensors whose labels are those of
             CT-RATE, in their order or by name. CT-RATE's own classifier is published as a pickled state dict, which
             is not loaded here: convert it once.
-        revision: branch, tag or commit.
         batch_size: texts that go through it together.
 
     Raises:
@@ -56,8 +58,8 @@ def classifier_labels(model: str, *, revision: str | None = None, batch_size: in
     from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
     try:
-        tokenizer = AutoTokenizer.from_pretrained(model, revision=revision)
-        network = AutoModelForSequenceClassification.from_pretrained(model, revision=revision, use_safetensors=True)
+        tokenizer = AutoTokenizer.from_pretrained(model)
+        network = AutoModelForSequenceClassification.from_pretrained(model, use_safetensors=True)
     except (OSError, ValueError) as error:
         raise DataError(model, "is no classifier that can be loaded", "Name a folder with safetensors") from error
     names = [network.config.id2label.get(i, "") for i in range(network.config.num_labels)]
@@ -68,7 +70,7 @@ def classifier_labels(model: str, *, revision: str | None = None, batch_size: in
     if not generic and set(by_name) != {name.lower() for name in ABNORMALITIES}:
         raise DataError(model, "has other labels than CT-RATE", "Name them in its config, or LABEL_0 to LABEL_17")
     order = range(len(names)) if generic else [by_name[name.lower()] for name in ABNORMALITIES]
-    network.eval()
+    network.eval().to("cuda" if torch.cuda.is_available() else "cpu")
 
     def label(texts: Sequence[str]) -> np.ndarray:
         found = []
@@ -79,9 +81,9 @@ def classifier_labels(model: str, *, revision: str | None = None, batch_size: in
                 truncation=True,
                 max_length=min(tokenizer.model_max_length, 512),
                 return_tensors="pt",
-            )
+            ).to(network.device)
             with torch.inference_mode():
-                found.append((network(**inputs).logits.sigmoid() >= 0.5)[:, list(order)].int().numpy())
+                found.append((network(**inputs).logits.sigmoid() >= 0.5)[:, list(order)].int().cpu().numpy())
         return np.concatenate(found) if found else np.zeros((0, len(ABNORMALITIES)), dtype=int)
 
     label.name = f"classifier {Path(model).name}"  # never a path of this machine
@@ -183,6 +185,7 @@ _WORDS = {
     "Interlobular septal thickening": r"interlobular septal?|septal thicken\w+|interlobular[^.;]*?thicken\w+",
 }
 _PATTERNS = [re.compile(rf"\b(?:{_WORDS[name]})", re.IGNORECASE) for name in ABNORMALITIES]
+_ARTERIAL = _PATTERNS[ABNORMALITIES.index("Arterial wall calcification")]
 _BEFORE = re.compile(r"\b(?:no|not|without|absent|absence of|negative for|free of|neither|nor)\b", re.IGNORECASE)
 _BEHIND = re.compile(
     r"^[^.;,]*?\b(?:(?:is|are|was|were|has|have) (?:not|no)\b|not (?:detected|observed|seen)|(?:is|are) absent)",
@@ -192,7 +195,9 @@ _BEHIND = re.compile(
 
 def _is_named(pattern: re.Pattern, text: str) -> bool:
     for sentence in re.split(r"(?<!\d)\.|\.(?!\d)|[;\n]|\bbut\b|\bhowever\b", text):
+        if pattern is _ARTERIAL:  # calcified coronary arteries have a label of their own
+            sentence = ",".join(part for part in sentence.split(",") if not re.search(r"(?i)\bcoronar", part))
         for match in pattern.finditer(sentence):
-            if not _BEFORE.search(sentence[: match.start()]) and not _BEHIND.search(sentence[match.end() :]):
+            if not _BEFORE.search(sentence[: match.end()]) and not _BEHIND.search(sentence[match.end() :]):
                 return True
     return False

@@ -17,7 +17,7 @@ The fourth baseline, the model itself shown air, is `phantoms.controls.blind` gi
 """
 
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 from tqdm.auto import tqdm
@@ -25,32 +25,34 @@ from tqdm.auto import tqdm
 from ct_moe import CTMoEError, DataError
 
 from ..data_sets.ct_rate import ABNORMALITIES
-from ..data_sets.item import Item
+from ..data_sets.item import LETTERS, Item
 
 
 _SIDE = 8  # pixels of a slab, for the look of a scan
 _SLABS = 8
 
 
-def majority(train: Sequence[Item], items: Sequence[Item]) -> list[str]:
+def majority(train: Iterable[Item], items: Sequence[Item]) -> list[str]:
     """The usual answer in training to questions of this type; of a closed question the usual one among its choices."""
     counts: dict[tuple[str, str], Counter] = {}
     for item in train:
         counts.setdefault((item.task, item.kind), Counter())[item.answer or item.completion] += 1
+    # Of equally frequent ones the first in the alphabet, so that the order of rows does not matter.
+    usual = {kind: min(seen, key=lambda text: (-seen[text], text)) for kind, seen in counts.items()}
     texts = []
     for item in items:
-        seen = counts.get((item.task, item.kind), Counter())
-        if item.choices is not None:
-            best = max(item.choices, key=lambda choice: seen[choice])  # the first of those that are equal
-            texts.append(f"{'ABCD'[item.choices.index(best)]}. {best}")
-        else:
-            # Of equally frequent ones the first in the alphabet, so that the order of rows does not matter.
-            texts.append(min(seen, key=lambda text: (-seen[text], text)) if seen else "")
+        kind = (item.task, item.kind)
+        if item.choices is None:
+            texts.append(usual.get(kind, ""))
+            continue
+        seen = counts.get(kind, Counter())
+        best = max(item.choices, key=lambda choice: seen[choice])  # the first of those that are equal
+        texts.append(f"{LETTERS[item.choices.index(best)]}. {best}")
     return texts
 
 
 def nearest_reports(
-    train: Sequence[Item],
+    train: Iterable[Item],
     items: Sequence[Item],
     read: Callable[[str], dict[str, np.ndarray]],
     progress: bool = True,
@@ -58,7 +60,7 @@ def nearest_reports(
     """The training report of the scan that looks most alike: small pictures of eight slabs, by correlation.
 
     Args:
-        train: items of which the reports count.
+        train: items of which the reports count. Every one of their scans is read: give a volume cache.
         items: of which the reports are answered; others get `None`.
         read: path -> processed scan, with `pixel_values`.
 

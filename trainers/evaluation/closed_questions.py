@@ -37,8 +37,18 @@ def score_closed(rows: Sequence[dict], texts: Sequence[str]) -> list[dict[str, b
         letter = LETTERS[row["choices"].index(row["answer"])]
         m3d = f"{letter}." in text
         text = re.sub(r"\(([a-d])\)", lambda match: f"{match[1].upper()}. ", text)  # as CT-RATE writes choices
-        letters = set(re.findall(r"\b[A-D]\b(?! [a-z])|\b[A-D](?=[.):])", text))  # not the article
-        named = re.sub(r"^\s*\(?[A-D]\b[.):]*\s*|[\s,;:(]*\b[A-D]\b[.)\s]*$", "", text).strip(" .,\n").lower()
-        strict = named == row["answer"].strip(" .,\n").lower() or (not named and letters == {letter})
+        answer = _plain(row["answer"])
+        # A choice may end in a letter itself ("hepatitis B"), so that less and less is taken off.
+        behind = re.sub(r"^\s*\(?[A-D](?:[.):]+\s*|\s+(?![a-z])|\s*$)", "", text)
+        before = re.sub(r"[\s,;:(]*\b[A-D]\b[.)\s]*$", "", behind)
+        is_named = answer in (_plain(text), _plain(behind), _plain(before))
+        # What is left beside the choice tells the letter.
+        rest = re.sub(re.escape(answer), " ", text, flags=re.IGNORECASE) if is_named else text
+        letters = set(re.findall(r"\b[A-D]\b(?! [a-z])|\b[A-D](?=[.):])", rest))  # not the article
+        strict = is_named or (not _plain(before) and letters == {letter})
         scores.append({"strict": strict, "letter": letters == {letter}, "m3d": m3d})
     return scores
+
+
+def _plain(text: str) -> str:
+    return text.strip(" .,\n").lower()

@@ -27,7 +27,7 @@ import csv
 import hashlib
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,14 +39,16 @@ from ct_moe import DataError
 from ..data_sets.catalogue import DATA_SETS, find_data_set, read_items
 from ..data_sets.ct_rate import read_labels
 from ..data_sets.item import BadRow, Item
+from ..data_sets.own import are_choices
 from ..phantoms.controls import blind
 from ..volume_cache import VolumeCache
 from .abnormality_labels import classifier_labels, rule_labels
 from .baselines import labels_to_template, majority, nearest_reports
 from .model_scorers import find_scorer
 from .plots import plot_kinds
-from .predictions import predict
+from .predictions import MAX_NEW_TOKENS, predict
 from .results import model_index, score_predictions
+from .text_metrics import text_scores
 
 
 BASELINES = ("majority", "blind", "nearest", "labels")
@@ -68,6 +70,7 @@ def evaluate(
     revision: str | None = None,
     dtype: str = "float32",
     batch_size: int = 8,
+    max_new_tokens: int | None = None,
     volume_cache: str | Path | None = None,
     progress: bool = True,
 ) -> dict[str, Any]:
@@ -86,12 +89,13 @@ def evaluate(
         scorers: further metrics, as `find_scorer` takes them: `bertscore=FOLDER`, `module:function` and others.
         meteor: as in `text_scores`.
         revision, dtype: of the model.
-        batch_size: rows that go through the model together. It is part of what a run is: another one starts anew.
+        batch_size: rows that go through the model together. Part of what a run is: one with another is not gone on.
+        max_new_tokens: longest answer; by default `MAX_NEW_TOKENS` by task.
         volume_cache: folder for processed scans.
         progress: whether to show bars.
 
     Returns:
-        What OUT.json holds. With several processes every one of them returns it; the first one writes.
+        What OUT.json holds. With several processes the first one scores and writes; the others return nothing.
 
     Raises:
         DataError: as in `read_items` and `predict`, or answers are missing.
@@ -106,98 +110,117 @@ def evaluate(
         raise DataError("baselines", f"{unknown[0]!r} is unknown", f"Use {', '.join(BASELINES)}")
     if data is None and (model is not None or baselines):
         raise DataError("data", "is missing", f"Name one of {', '.join(DATA_SETS)} and its folder")
+    if "blind" in baselines and model is None:
+        raise DataError("baseline blind", "needs the model", "Leave it out with predictions")
     state = PartialState(cpu=not torch.cuda.is_available())
-    extra = dict(find_scorer(name) for name in scorers)
 
+    # What could fail later fails now, before hours of answering.
     about: dict[str, Any] = {}
     bad: list[BadRow] = []
-    texts: list[str | None]
+    labels = None
     if data is not None:
         known = find_data_set(data)
         split = split or ("test" if "test" in known.splits else "validation")
         items, bad = _read(data, root, split, rows)
         about = {"data": data, "title": known.title, "licence": known.licence, "split": split, "rows": rows}
+        labels = _labels(data, root, split)
+        _check_baselines(baselines, items, labels, data, root)
+    scoring: dict[str, Any] = {"meteor": meteor}
+    if state.is_main_process:
+        text_scores(["-"], ["-"], meteor=meteor)  # are its libraries there?
+        scoring |= {"labels": labels, "scorers": dict(find_scorer(name) for name in scorers)}
+        scoring["labeller"] = rule_labels if labeller is None else classifier_labels(labeller)
+
+    texts: list[str | None]
+    said: dict[str, list[str | None]] = {}
+    read = None
     if predictions is not None:
-        said = _read_predictions(Path(predictions))
-        if data is None:
-            items = [_own_item(Path(predictions), line, row) for line, row in said]
-            texts = [row["prediction"] for _, row in said]
-        else:
-            by_id = {str(row.get("id")): row["prediction"] for _, row in said}
-            if missing := [item.id for item in items if item.id not in by_id]:
-                finding = f"{len(missing)} of {len(items)} rows have no prediction, the first is {missing[0]}"
-                raise DataError(str(predictions), finding, "Predict them; an empty text counts as wrong")
-            texts = [by_id[item.id] for item in items]
         system: dict[str, Any] = {"predictions": Path(predictions).name}
-        network = processor = cache = None
+        found = _read_predictions(Path(predictions))
+        if data is None:
+            items = [_own_item(Path(predictions), line, row) for line, row in found]
+            texts = [row["prediction"] for _, row in found]
+        else:
+            texts = _of_items(items, found, Path(predictions))
     else:
         from ct_moe.hub.folder import load_folder
 
         network, processor, commit = load_folder(model, revision=revision, dtype=dtype)
         network.to(state.device)
-        if data is not None and processor.image_processor.intensity != known.intensity:
-            finding = f"its scans are {known.intensity!r}, the model's image processor takes {_intensity(processor)!r}"
+        images = processor.image_processor
+        if known.intensity not in (None, images.intensity):
+            finding = f"its scans are {known.intensity!r}, the model's image processor takes {images.intensity!r}"
             raise DataError(data, finding, "Train a model with that intensity, or choose other data")
-        cache = None if volume_cache is None else VolumeCache(volume_cache, processor.image_processor)
-        name = Path(model).name if Path(model).is_dir() else model
-        system = {"model": name, "revision": commit, "weights": _weights(model), "dtype": dtype}
-        system["scope"] = network.config.intended_scope
+        cache = None if volume_cache is None else VolumeCache(volume_cache, images)
+        read = images.process_volume if cache is None else cache.read
+        system = {"model": Path(model).name if Path(model).is_dir() else model, "revision": commit}
+        system |= {"files": _hash(model), "dtype": dtype, "scope": network.config.intended_scope}
         settings = {"batch_size": batch_size, "volume_cache": cache, "progress": progress}
-        asked = {**about, **system}
-        answers = predict(network, processor, items, out.with_suffix(".predictions.jsonl"), about=asked, **settings)
+        if max_new_tokens is not None:
+            settings["max_new_tokens"] = dict.fromkeys(MAX_NEW_TOKENS, max_new_tokens)
+        answering = {**about, **system}
+        answers = predict(
+            network, processor, items, out.with_suffix(".predictions.jsonl"), about=answering, **settings
+        )
         texts = [answer.text for answer in answers]
         if "blind" in baselines:
-            shown = blind(processor.image_processor)
-            blind_texts = predict(
-                network,
-                processor,
-                items,
-                out.with_suffix(".blind.jsonl"),
-                about={**asked, "control": "blind"},
-                change=lambda scan: shown(scan, {}),
-                **settings,
-            )
+            air, file = blind(images), out.with_suffix(".blind.jsonl")
+            shown = {"about": {**answering, "control": "blind"}, "change": lambda scan: air(scan, {})}
+            said["blind"] = [answer.text for answer in predict(network, processor, items, file, **shown, **settings)]
+    if not state.is_main_process:
+        return {}
 
-    labels = _labels(data, root, split)
-    find_labels = rule_labels if labeller is None else classifier_labels(labeller)
-    scoring = {"labels": labels, "labeller": find_labels, "scorers": extra, "meteor": meteor}
-    result = {"about": about, "system": system, **score_predictions(items, texts, **scoring)}
-    result["counts"]["bad_rows"] = len(bad)
-    result["bad_rows"] = [f"{Path(row.file).name}, line {row.line}: {row.finding}" for row in bad]
-    if predictions is None:
-        result["unanswered"] = [answer.id for answer in answers if answer.text is None]
-    found: dict[str, list[str | None]] = {}
-    if {"majority", "nearest"} & set(baselines):
-        train, _ = _read(data, root, known.splits[0], None)
-        if "majority" in baselines:
-            found["majority"] = list(majority(train, items))
-    if "blind" in baselines:
-        if network is None:
-            raise DataError("baseline blind", "needs the model", "Leave it out with predictions")
-        found["blind"] = [answer.text for answer in blind_texts]
+    if "majority" in baselines:
+        said["majority"] = list(majority(_train(data, root, items), items))
     if "nearest" in baselines:
-        found["nearest"] = nearest_reports(train, items, _reader(processor, cache, known.intensity), progress)
+        reports = (item for item in _train(data, root, items) if item.task == "report")
+        said["nearest"] = nearest_reports(reports, items, read or _reader(known.intensity), progress)
     if "labels" in baselines:
-        if not labels:
-            raise DataError("baseline labels", f"{data} has no labels in {root}", "Leave it out, or download them")
-        found["labels"] = labels_to_template(items, labels)
+        said["labels"] = labels_to_template(items, labels)
+    result = {"about": about, "system": system, **score_predictions(items, texts, **scoring)}
+    left_out = [row for row in bad if row.is_left_out]
+    bad = [row for row in bad if not row.is_left_out]
+    result["counts"] |= {"bad_rows": len(bad), "left_out": len(left_out)}
+    result["bad_rows"] = [f"{Path(row.file).name}, line {row.line}: {row.finding}" for row in bad]
+    result["unanswered"] = [item.id for item, text in zip(items, texts) if text is None]
     result["baselines"] = {}
-    for name, said in found.items():
-        # A baseline is scored on the rows that it answers: nearest and labels on reports alone.
-        kept = [row for row, text in enumerate(said) if text is not None]
+    for name in [name for name in BASELINES if name in said]:
+        # On the rows that both answer: nearest and labels write reports alone.
+        kept = [row for row, text in enumerate(said[name]) if text is not None and texts[row] is not None]
         if kept:
-            scores = score_predictions([items[row] for row in kept], [said[row] for row in kept], **scoring)
-            result["baselines"][name] = scores
+            rows_of = [items[row] for row in kept], [said[name][row] for row in kept]
+            result["baselines"][name] = score_predictions(*rows_of, **scoring)
     if data is not None:
-        shown = {"name": system.get("model", "predictions"), "data": known.title, "data_id": known.url or data}
-        result["model_index"] = model_index(result, split=split, **shown)
-    if state.is_main_process:
-        part = out.with_name(f"{out.name}.part")
-        part.write_text(json.dumps(result, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-        os.replace(part, out)
-        plot_kinds(result, out.with_suffix(".png"))
-    state.wait_for_everyone()
+        named = {"name": system.get("model", "predictions"), "data": known.title}
+        named["data_id"] = known.url.removeprefix("https://huggingface.co/datasets/") or data
+        result["model_index"] = model_index(result, split=split, **named)
+    part = out.with_name(f"{out.name}.part")
+    part.write_text(json.dumps(result, indent=2, sort_keys=True) + "\n", encoding="utf-8")
+    os.replace(part, out)
+    plot_kinds(result, out.with_suffix(".png"))
     return result
+
+
+def _check_baselines(baselines: Sequence[str], items: list[Item], labels, data: str, root) -> None:
+    if {"nearest", "labels"} & set(baselines) and not any(item.task == "report" for item in items):
+        name = "nearest" if "nearest" in baselines else "labels"
+        raise DataError(f"baseline {name}", f"{data} has no reports", "Leave it out")
+    if "labels" in baselines and not labels:
+        raise DataError("baseline labels", f"{data} has no labels in {root}", "Leave it out, or download them")
+    if {"majority", "nearest"} & set(baselines):
+        next(_train(data, root, items), None)  # is it there, and is it another one?
+
+
+def _train(data: str, root, items: Sequence[Item]) -> Iterator[Item]:
+    """Items of the training split, which must not be those that are scored."""
+    split = find_data_set(data).splits[0]
+    scored = {item.id for item in items}
+    for item in read_items(data, root, split):
+        if isinstance(item, Item):
+            if item.id in scored:
+                finding = "its training rows are those that are scored"
+                raise DataError(data, finding, "Leave out majority and nearest, or name a folder with a training file")
+            yield item
 
 
 def _read(data: str, root, split: str, rows: int | None) -> tuple[list[Item], list[BadRow]]:
@@ -251,20 +274,20 @@ def _own_item(file: Path, line: int, row: dict[str, Any]) -> Item:
     choices, answer, reference = row.get("choices"), row.get("answer"), row.get("reference")
     if isinstance(choices, str):
         choices = [part.strip() for part in choices.split("|")] if choices else None
-    if choices is not None and (not isinstance(choices, list) or answer not in choices):
-        raise DataError(str(file), f"line {line}: the answer is none of the choices", "Repair the line")
+    if choices is not None and (not are_choices(choices) or answer not in choices):
+        raise DataError(str(file), f"line {line}: no two to four choices with the answer", "Repair it")
     reference = reference or answer
     if not isinstance(reference, str) or not reference.strip():
         raise DataError(str(file), f"line {line} has no reference", "Write one, or name the data set")
     task = str(row.get("task") or ("vqa_closed" if choices else "vqa_open"))
     return Item(
-        id=str(row.get("id") or line),
+        id=str(line if row.get("id") is None else row["id"]),
         images=[],
         prompt="",
         completion=reference,
         task=task,
         kind=str(row.get("kind") or task),
-        patient=str(row.get("patient") or row.get("id") or line),
+        patient=str(next((row[key] for key in ("patient", "id") if row.get(key) is not None), line)),
         where=(str(file), line),
         answer=answer if choices else None,
         choices=choices,
@@ -284,27 +307,30 @@ def _labels(data: str | None, root, split: str | None) -> dict[str, list[int]] |
     return {f"ct-rate-{name.removesuffix('.nii.gz')}": values for name, values in labels.items()}
 
 
-def _reader(processor, cache, intensity: str) -> Callable[[str], dict]:
-    """Processed scans for the baseline that compares them, with or without a model."""
-    if cache is not None:
-        return cache.read
-    if processor is not None:
-        return processor.image_processor.process_volume
+def _reader(intensity: str | None) -> Callable[[str], dict]:
+    """Processed scans for the baseline that compares them, without a model."""
     from ct_moe import CTMoEImageProcessor
 
-    return CTMoEImageProcessor(size={"height": 32, "width": 32}, patch_size=16, intensity=intensity).process_volume
+    images = CTMoEImageProcessor(size={"height": 32, "width": 32}, patch_size=16, intensity=intensity or "hu")
+    return images.process_volume
 
 
-def _intensity(processor) -> str:
-    return processor.image_processor.intensity
+def _of_items(items: Sequence[Item], found: list[tuple[int, dict]], file: Path) -> list[str | None]:
+    by_id = {str(row.get("id")): row["prediction"] for _, row in found}
+    if missing := [item.id for item in items if item.id not in by_id]:
+        finding = f"{len(missing)} of {len(items)} rows have no prediction, the first is {missing[0]}"
+        raise DataError(str(file), finding, "Predict them: ct-moe check --items lists all; an empty text is wrong")
+    return [by_id[item.id] for item in items]
 
 
-def _weights(model: str) -> str | None:
-    """Hash of a folder's weights: answers of a model that was trained on are another model's."""
+def _hash(model: str) -> str | None:
+    """Of all files of a folder that an answer depends on: weights, settings, tokenizer and template."""
     if not Path(model).is_dir():
         return None
     digest = hashlib.sha256()
-    for file in sorted(Path(model).glob("*.safetensors")):
+    names = (".safetensors", ".json", ".jinja", ".model", ".txt")
+    for file in sorted(path for path in Path(model).iterdir() if path.suffix in names):
+        digest.update(file.name.encode())
         with file.open("rb") as content:
             while chunk := content.read(1 << 24):
                 digest.update(chunk)

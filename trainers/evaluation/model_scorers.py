@@ -19,6 +19,7 @@ for one of your own, a language model as judge for example. Nothing is loaded be
 """
 
 import importlib
+import sys
 from collections.abc import Callable, Sequence
 
 from ct_moe import CTMoEError, DataError
@@ -30,7 +31,7 @@ Scorer = Callable[[list[str], list[str]], Sequence[float]]
 
 
 def find_scorer(name: str) -> tuple[str, Scorer]:
-    """A metric's short name and its function.
+    """A metric's name and its function.
 
     Args:
         name: `bertscore=MODEL` or `bertscore=MODEL@LAYER`, `ratescore`, `green`, `green=MODEL`, or `module:function`.
@@ -62,11 +63,15 @@ def find_scorer(name: str) -> tuple[str, Scorer]:
 
         return "green", green
     module, colon, function = name.partition(":")
+    remedy = "Write bertscore=FOLDER, ratescore, green, or module:function"
+    if not colon:
+        raise DataError(f"scorer {name}", "is unknown", remedy)
+    if "" not in sys.path:
+        sys.path.insert(0, "")  # a module of one's own lies beside
     try:
-        return function, getattr(importlib.import_module(module), function) if colon else {}[name]
-    except (ImportError, AttributeError, KeyError, ValueError) as error:
-        remedy = "Write bertscore=FOLDER, ratescore, green, or module:function"
-        raise DataError(f"scorer {name}", "cannot be found", remedy) from error
+        return name, getattr(importlib.import_module(module), function)
+    except (ImportError, AttributeError, ValueError) as error:
+        raise DataError(f"scorer {name}", f"cannot be loaded ({type(error).__name__}: {error})", remedy) from error
 
 
 # Layers that the authors of BERTScore chose on human judgements (bert_score 0.3.13).
@@ -102,29 +107,30 @@ def bert_scorer(model: str, layer: int | None = None, *, batch_size: int = 16) -
     special = torch.tensor(sorted({tokenizer.cls_token_id, tokenizer.sep_token_id} - {None}))
     longest = min(tokenizer.model_max_length, 512)
 
+    network.to("cuda" if torch.cuda.is_available() else "cpu")
+
     @torch.inference_mode()
     def embed(texts: list[str]) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """Per text unit vectors of its tokens, and which of them count: all but the ones that the tokenizer adds."""
-        found = []
-        for start in range(0, len(texts), batch_size):
-            part = [text.strip() for text in texts[start : start + batch_size]]
-            inputs = tokenizer(part, padding=True, truncation=True, max_length=longest, return_tensors="pt")
-            states = network(**inputs, output_hidden_states=True).hidden_states[layer]
-            states = torch.nn.functional.normalize(states, dim=-1)
-            for row, ids, mask in zip(states, inputs["input_ids"], inputs["attention_mask"].bool()):
-                found.append((row[mask], ~torch.isin(ids[mask], special)))
-        return found
+        texts = [text.strip() for text in texts]
+        inputs = tokenizer(texts, padding=True, truncation=True, max_length=longest, return_tensors="pt")
+        states = network(**inputs.to(network.device), output_hidden_states=True).hidden_states[layer]
+        states = torch.nn.functional.normalize(states, dim=-1)
+        masks, ids = inputs["attention_mask"].bool(), inputs["input_ids"]
+        return [(row[mask], ~torch.isin(i[mask], special.to(i.device))) for row, i, mask in zip(states, ids, masks)]
 
     def score(texts: list[str], references: list[str]) -> list[float]:
         scores = []
-        for (said, said_counts), (wanted, wanted_counts) in zip(embed(texts), embed(references)):
-            if not said_counts.any() or not wanted_counts.any():
-                scores.append(0.0)
-                continue
-            alike = said @ wanted.T
-            precision = alike.max(1).values[said_counts].mean()
-            recall = alike.max(0).values[wanted_counts].mean()
-            scores.append(100 * float(2 * precision * recall / (precision + recall)))
+        for start in range(0, len(texts), batch_size):
+            part = slice(start, start + batch_size)
+            for (said, said_counts), (wanted, wanted_counts) in zip(embed(texts[part]), embed(references[part])):
+                if not said_counts.any() or not wanted_counts.any():
+                    scores.append(0.0)
+                    continue
+                alike = said @ wanted.T
+                precision = alike.max(1).values[said_counts].mean()
+                recall = alike.max(0).values[wanted_counts].mean()
+                scores.append(100 * float(2 * precision * recall / (precision + recall)))
         return scores
 
     return score

@@ -57,7 +57,11 @@ def plot_kinds(result: dict[str, Any], file: Path) -> bool:
         axis.set_title(TITLES[part], loc="left", fontsize=10)
         axis.grid(axis="x", alpha=0.3)
         axis.spines[["top", "right"]].set_visible(False)
-    handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=len(labels), frameon=False)
-    figure.savefig(file, dpi=120)
+    legend: dict[str, object] = {}
+    for axis in axes:
+        legend |= dict(zip(*axis.get_legend_handles_labels()[::-1]))
+    figure.legend(legend.values(), legend.keys(), loc="outside lower center", ncols=len(legend), frameon=False)
+    part = file.with_name(f".part-{file.name}")
+    figure.savefig(part, dpi=120)
+    part.replace(file)
     return True

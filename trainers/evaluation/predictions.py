@@ -21,14 +21,18 @@ is answered together with: the texts are the same.
 import hashlib
 import json
 import os
-from collections.abc import Callable, Sequence
+import re
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from accelerate import PartialState
+from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
 
 from ct_moe import CTMoEError, DataError
@@ -39,7 +43,7 @@ from ..volume_cache import VolumeCache
 from .answering import generate_answers
 
 
-MAX_NEW_TOKENS = {"report": 512, "vqa_closed": 32, "vqa_open": 64}
+MAX_NEW_TOKENS = {"report": 512, "vqa_closed": 32, "vqa_open": 256}  # other tasks: as open questions
 
 
 @dataclass
@@ -91,7 +95,7 @@ def predict(
         A [`Prediction`] per item, in order, in every process.
 
     Raises:
-        DataError: the file is about something else, or was changed.
+        DataError: the file is about something else, was changed, or another run is writing to it.
     """
     file, state = Path(file), PartialState(cpu=not torch.cuda.is_available())
     limits = {**MAX_NEW_TOKENS, **(max_new_tokens or {})}
@@ -99,48 +103,61 @@ def predict(
     # Not of the scans' folders: they may be moved.
     asked = hashlib.sha256(json.dumps([[item.id, item.prompt] for item in items]).encode()).hexdigest()
     header = {"about": about, "items": len(items), "asked": asked, "batch_size": batch_size, "max_new_tokens": limits}
-    done = _read_parts(file, header)
-    state.wait_for_everyone()  # nobody writes before everybody has read
-    left = [batch for batch in batches if not all(items[i].id in done for i in batch)]
-    mine = left[state.process_index :: state.num_processes]
-    part = file.with_name(f"{file.name}.part-{state.process_index}")
-    collator = CTMoEDataCollator(processor, volume_cache=volume_cache)
-    answered = len(items) - sum(map(len, left))
-    if mine:
-        model.eval()
-        with (
-            part.open("a", encoding="utf-8") as out,
-            tqdm(
-                total=len(items),
-                initial=answered,
-                desc="answers",
-                unit="row",
-                disable=not (progress and state.is_main_process),
-            ) as bar,
-        ):
-            if not out.tell():
+    with _sole_run(file, state):
+        parts = _parts(file)
+        done = _read(file, parts, header)
+        state.wait_for_everyone()  # nobody writes before everybody has read
+        left = [batch for batch in batches if not all(items[i].id in done for i in batch)]
+        # Neighbours share scans, so that every process takes a piece of its own.
+        share = [len(left) * number // state.num_processes for number in range(state.num_processes + 1)]
+        if mine := left[share[state.process_index] : share[state.process_index + 1]]:
+            # A new file each time: what was cut off in an old one stays as it is.
+            last = max((int(part.suffix.removeprefix(".part")) for part in parts), default=0)
+            part = file.with_name(f"{file.name}.part{last + 1 + state.process_index}")
+            answered = len(items) - sum(map(len, left))
+            shown = progress and state.is_main_process
+            with (
+                part.open("x", encoding="utf-8") as out,
+                tqdm(total=len(items), initial=answered, desc="answers", unit="row", disable=not shown) as bar,
+            ):
                 out.write(json.dumps(header) + "\n")
-            for batch in mine:
-                rows = [items[i] for i in batch]
-                said = _answer(model, collator, rows, limits[rows[0].task], change, bf16)
-                # One write, so that a batch is there or is not.
-                out.write("".join(json.dumps(vars(prediction)) + "\n" for prediction in said))
-                out.flush()
-                bar.update(min(len(rows) * state.num_processes, bar.total - bar.n))
-    state.wait_for_everyone()
-    done = _read_parts(file, header)
-    if missing := [item.id for item in items if item.id not in done]:
-        raise DataError(str(file), f"lacks {len(missing)} answers, the first of {missing[0]}", "Run it again")
-    state.wait_for_everyone()
-    if state.is_main_process:
-        lines = [json.dumps(header), *(json.dumps(vars(done[item.id])) for item in items)]
-        whole = file.with_name(f"{file.name}.whole")
-        whole.write_text("\n".join(lines) + "\n", encoding="utf-8")
-        os.replace(whole, file)
-        for part in _parts(file):
-            part.unlink()
-    state.wait_for_everyone()
-    return [done[item.id] for item in items]
+                for rows, said in _answers(model, processor, items, mine, limits, change, volume_cache, bf16):
+                    # One write, so that a batch is there or is not.
+                    out.write("".join(json.dumps(vars(prediction)) + "\n" for prediction in said))
+                    out.flush()
+                    bar.update(min(len(rows) * state.num_processes, bar.total - bar.n))
+        state.wait_for_everyone()
+        found = _read(file, _parts(file), header, with_errors=True)
+        if missing := [item.id for item in items if item.id not in found]:
+            raise DataError(str(file), f"lacks {len(missing)} answers, the first of {missing[0]}", "Run it again")
+        state.wait_for_everyone()
+        if state.is_main_process:
+            lines = [json.dumps(header), *(json.dumps(vars(found[item.id])) for item in items)]
+            whole = file.with_name(f"{file.name}.whole")
+            whole.write_text("\n".join(lines) + "\n", encoding="utf-8")
+            os.replace(whole, file)
+            for part in _parts(file):
+                part.unlink()
+        state.wait_for_everyone()
+    return [found[item.id] for item in items]
+
+
+@contextmanager
+def _sole_run(file: Path, state: PartialState) -> Iterator[None]:
+    """Refuse a second run of the same file while one is under way. The system takes the lock of a killed one off."""
+    if not state.is_main_process:
+        yield
+        return
+    lock = FileLock(file.with_name(f"{file.name}.lock"), timeout=0)
+    try:
+        lock.acquire()
+    except Timeout as error:
+        raise DataError(str(file), "another run is writing to it", "Wait for it, or name another --out") from error
+    try:
+        yield
+    finally:
+        lock.release()
+        Path(lock.lock_file).unlink(missing_ok=True)
 
 
 def _batches(items: Sequence[Item], batch_size: int) -> list[list[int]]:
@@ -155,18 +172,20 @@ def _batches(items: Sequence[Item], batch_size: int) -> list[list[int]]:
 
 
 def _parts(file: Path) -> list[Path]:
-    return sorted(file.parent.glob(f"{file.name}.part-*"))
+    name = re.compile(re.escape(file.name) + r"\.part(\d+)")
+    return sorted(path for path in file.parent.iterdir() if name.fullmatch(path.name))
 
 
-def _read_parts(file: Path, header: dict[str, Any]) -> dict[str, Prediction]:
-    """Answers that are there, by id. A last line that was cut off when the process was killed is none."""
+def _read(
+    file: Path, parts: Sequence[Path], header: dict[str, Any], with_errors: bool = False
+) -> dict[str, Prediction]:
+    """Answers that are there, by id. A last line that was cut off when the process was killed is none.
+
+    A scan that could not be read may be there now: without `with_errors` it counts as not answered.
+    """
     found: dict[str, Prediction] = {}
-    for part in [*([file] if file.exists() else []), *_parts(file)]:
-        content = part.read_text(encoding="utf-8")
-        lines = content.split("\n")
-        whole, rest = lines[:-1], lines[-1]
-        if rest:  # the cut line must not become one with what is appended
-            part.write_text("".join(line + "\n" for line in whole), encoding="utf-8")
+    for part in [*([file] if file.exists() else []), *parts]:
+        *whole, _ = part.read_text(encoding="utf-8").split("\n")
         if not whole:
             continue
         try:
@@ -175,28 +194,39 @@ def _read_parts(file: Path, header: dict[str, Any]) -> dict[str, Prediction]:
                 other = [name for name in header if not isinstance(first, dict) or first.get(name) != header[name]]
                 finding = f"holds answers of another run (other {', '.join(other)})"
                 raise DataError(str(part), finding, "Name another --out, or remove it")
-            found.update({record["id"]: Prediction(**record) for record in records})
+            for record in records:
+                prediction = Prediction(**record)
+                if prediction.text is not None or (with_errors and prediction.id not in found):
+                    found[prediction.id] = prediction
         except (json.JSONDecodeError, KeyError, TypeError) as error:
             raise DataError(str(part), "is no file of answers", "Name another --out, or remove it") from error
     return found
 
 
-def _answer(model, collator: CTMoEDataCollator, items: list[Item], limit: int, change, bf16: bool) -> list[Prediction]:
-    failed: dict[str, str] = {}
-    rows = []
-    for item in items:
-        prompt = item.prompt if isinstance(item.prompt, list) else [{"role": "user", "content": item.prompt}]
-        try:
-            images = [collator.process(image) for image in item.images]
-        except (CTMoEError, OSError) as error:
-            failed[item.id] = str(error)
-            continue
-        images = images if change is None else [change(image) for image in images]
-        rows.append({"images": images, "prompt": prompt, "id": item.id})
-    answers = generate_answers(model, collator, rows, limit, bf16=bf16) if rows else []
+def _answers(
+    model, processor, items, batches, limits, change, volume_cache, bf16
+) -> Iterator[tuple[list[Item], list[Prediction]]]:
+    collator = CTMoEDataCollator(processor, volume_cache=volume_cache)
+    read = lru_cache(maxsize=4)(collator.process)  # many questions are about one scan
     groups = {None: None, **dict(enumerate(model.config.tasks))}
-    said = {
-        row["id"]: Prediction(row["id"], answer.text.strip(), groups[answer.task])
-        for row, answer in zip(rows, answers)
-    }
-    return [said.get(item.id) or Prediction(item.id, None, None, failed[item.id]) for item in items]
+    model.eval()
+    for batch in batches:
+        asked = [items[i] for i in batch]
+        failed: dict[str, str] = {}
+        rows = []
+        for item in asked:
+            prompt = item.prompt if isinstance(item.prompt, list) else [{"role": "user", "content": item.prompt}]
+            try:
+                images = [read(image) for image in item.images]
+            except (CTMoEError, OSError) as error:
+                failed[item.id] = str(error)
+                continue
+            images = images if change is None else [change(image) for image in images]
+            rows.append({"images": images, "prompt": prompt, "id": item.id})
+        limit = limits.get(asked[0].task, limits["vqa_open"])
+        answers = generate_answers(model, collator, rows, limit, bf16=bf16) if rows else []
+        said = {
+            row["id"]: Prediction(row["id"], answer.text.strip(), groups[answer.task])
+            for row, answer in zip(rows, answers)
+        }
+        yield asked, [said.get(item.id) or Prediction(item.id, None, None, failed[item.id]) for item in asked]

@@ -30,7 +30,7 @@ from .abnormality_labels import label_scores
 from .bootstrap import bootstrap_interval
 from .cider import cider_scores
 from .closed_questions import score_closed
-from .text_metrics import text_metrics, text_scores
+from .text_metrics import corpus_bleu, text_scores
 
 
 def score_predictions(
@@ -54,7 +54,8 @@ def score_predictions(
 
     Returns:
         `counts` (`rows`, `scored`, `unanswered`) and, where there are such rows, `closed`, `open` and `report`, each
-        with `metrics` (`{"mean", "interval", "mean_of_kinds"}` by name) and the same by type of question in `kinds`.
+        with `metrics` by name (`mean`, `interval`, `mean_of_kinds`, `mean_of_kinds_interval`) and the same by type of
+        question in `kinds`.
         Metrics of `closed` are `strict`, `m3d` and `letter`; `report` also has `labels`.
     """
     if len(items) != len(texts):
@@ -80,16 +81,26 @@ def score_predictions(
             values["cider"] = cider_scores(said, wanted)
             for metric, scorer in (scorers or {}).items():
                 values[metric] = [float(value) for value in scorer(said, wanted)]
+                if len(values[metric]) != len(said):
+                    finding = f"gives {len(values[metric])} numbers for {len(said)} texts"
+                    raise DataError(f"scorer {metric}", finding, "Let it return one for each")
             result[name] = _summaries(asked, values)
-            result[name]["corpus_bleu4"] = text_metrics(said, wanted, meteor=False)["corpus_bleu4"]
+            result[name]["corpus"] = corpus_bleu(said, wanted)
+            if "meteor" not in values:
+                result[name]["meteor"] = "not computed: no WordNet, or left out"
             known = [row for row, item in enumerate(asked) if item.id in (labels or {})]
             if name == "report" and labeller is not None and known:
+                by = getattr(labeller, "name", None) or getattr(labeller, "__name__", "a labeller")
                 found = label_scores(
                     labeller([said[row] for row in known]),
                     np.array([labels[asked[row].id] for row in known]),
                     [asked[row].patient for row in known],
                 )
-                result[name]["labels"] = {"by": getattr(labeller, "name", "rules"), "reports": len(known), **found}
+                result[name]["labels"] = {
+                    "by": by,
+                    "reports": len(known),
+                    **found,
+                }
     return result
 
 
@@ -101,12 +112,16 @@ def format_results(result: dict[str, Any]) -> str:
         found = {name: scores[part] for name, scores in columns.items() if part in scores}
         if not found:
             continue
-        rows = max(scores["rows"] for scores in found.values())
-        lines.append(f"{title}, {rows} rows".ljust(34) + "".join(name.rjust(22) for name in found))
+        lines.append(title.ljust(34) + "".join(name.rjust(22) for name in found))
+        lines.append("  rows".ljust(34) + "".join(str(scores["rows"]).rjust(22) for scores in found.values()))
         metrics = list(dict.fromkeys(m for scores in found.values() for m in scores["metrics"]))
         for metric in metrics:
             cells = [_cell(scores["metrics"].get(metric)) for scores in found.values()]
             lines.append(f"  {metric}".ljust(34) + "".join(cell.rjust(22) for cell in cells))
+            several = any(len(scores["kinds"]) > 1 for scores in found.values())
+            if several and metric in ("strict", "m3d", "bleu1", "rouge1"):
+                cells = [_cell(scores["metrics"].get(metric), "mean_of_kinds") for scores in found.values()]
+                lines.append(f"  {metric}, mean of types".ljust(34) + "".join(cell.rjust(22) for cell in cells))
         if part == "closed":
             for kind in sorted({kind for scores in found.values() for kind in scores["kinds"]}):
                 cells = [_cell(scores["kinds"].get(kind, {}).get("strict")) for scores in found.values()]
@@ -115,7 +130,8 @@ def format_results(result: dict[str, Any]) -> str:
             values = [scores.get("labels", {}).get(metric) for scores in found.values()]
             if any(value is not None for value in values):
                 cells = ["-" if value is None else f"{value:.3f}" for value in values]
-                lines.append(f"  labels, {metric}".ljust(34) + "".join(cell.rjust(22) for cell in cells))
+                by = next(scores["labels"]["by"] for scores in found.values() if "labels" in scores)
+                lines.append(f"  {metric} of labels ({by})".ljust(34) + "".join(cell.rjust(22) for cell in cells))
     counts = result["counts"]
     if counts["unanswered"]:
         lines.append(f"{counts['unanswered']} of {counts['rows']} rows could not be answered and are not scored")
@@ -142,6 +158,13 @@ def model_index(result: dict[str, Any], *, name: str, data: str, data_id: str, s
                     metric_value=round(summary["mean"], 2),
                 )
             )
+    for metric in ("macro_f1", "micro_f1", "crg"):
+        value = result.get("report", {}).get("labels", {}).get(metric)
+        if value is not None:
+            by = result["report"]["labels"]["by"]
+            shared = {"task_type": "image-to-text", "dataset_type": data_id, "dataset_name": data}
+            shared |= {"dataset_split": split, "metric_type": metric, "metric_value": round(value, 4)}
+            found.append(EvalResult(**shared, metric_name=f"{metric} of labels ({by})"))
     return eval_results_to_model_index(name, found) if found else []
 
 
@@ -156,14 +179,33 @@ def _summaries(items: Sequence[Item], values: dict[str, list[float]]) -> dict[st
         own = [patients[row] for row in rows]
         by_kind[kind] = {name: _summary([found[row] for row in rows], own) for name, found in values.items()}
         by_kind[kind]["rows"] = len(rows)
-    metrics = {
-        name: {
-            **_summary(found, patients),
-            "mean_of_kinds": float(np.mean([by_kind[kind][name]["mean"] for kind in by_kind])),
-        }
-        for name, found in values.items()
-    }
+    metrics = {}
+    for name, found in values.items():
+        metrics[name] = _summary(found, patients)
+        metrics[name]["mean_of_kinds"], metrics[name]["mean_of_kinds_interval"] = _mean_of_kinds(
+            np.array(found), np.array([item.kind for item in items]), patients
+        )
     return {"rows": len(items), "patients": len(set(patients)), "metrics": metrics, "kinds": by_kind}
+
+
+def _mean_of_kinds(
+    values: np.ndarray, kinds: np.ndarray, patients: list[str]
+) -> tuple[float, tuple[float, float] | None]:
+    """Every type of question counts alike; a resample without one leaves it out."""
+    _, number = np.unique(kinds, return_inverse=True)
+
+    def mean(rows: np.ndarray) -> float:
+        rows = rows.astype(int)
+        counts = np.bincount(number[rows], minlength=number.max() + 1)
+        sums = np.bincount(number[rows], values[rows], minlength=number.max() + 1)
+        return float((sums[counts > 0] / counts[counts > 0]).mean())
+
+    every = np.arange(len(values))
+    if len(set(patients)) < 2:
+        return mean(every), None
+    if number.max() == 0:
+        return float(values.mean()), bootstrap_interval(values, patients)
+    return mean(every), bootstrap_interval(every, patients, statistic=mean)
 
 
 def _summary(values: list[float], patients: list[str]) -> dict[str, Any]:
@@ -171,8 +213,8 @@ def _summary(values: list[float], patients: list[str]) -> dict[str, Any]:
     return {"mean": float(np.mean(values)), "interval": interval}
 
 
-def _cell(summary: dict[str, Any] | None) -> str:
+def _cell(summary: dict[str, Any] | None, name: str = "mean") -> str:
     if summary is None:
         return "-"
-    low_high = summary["interval"]
-    return f"{summary['mean']:.1f}" + (f" [{low_high[0]:.1f}, {low_high[1]:.1f}]" if low_high else "")
+    low_high = summary["interval" if name == "mean" else f"{name}_interval"]
+    return f"{summary[name]:.1f}" + (f" [{low_high[0]:.1f}, {low_high[1]:.1f}]" if low_high else "")

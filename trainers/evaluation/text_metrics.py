@@ -46,8 +46,17 @@ def text_metrics(
     """
     scores = text_scores(predictions, references, meteor=meteor)
     metrics = {name: sum(values) / len(values) for name, values in scores.items()}
-    metrics["corpus_bleu4"] = _bleu(max_order=4)(list(predictions), list(references))
-    return metrics
+    return metrics | {"corpus_bleu4": corpus_bleu(predictions, references)["corpus_bleu4"]}
+
+
+def corpus_bleu(predictions: Sequence[str], references: Sequence[str]) -> dict[str, float]:
+    """`corpus_bleu1` to `corpus_bleu4`, 0 to 100; see `text_metrics`.
+
+    CT-CHAT and VLM3D print pycocoevalcap's, of words between spaces: those are other numbers.
+    """
+    check_texts(predictions, references)
+    texts = list(predictions), list(references)
+    return {f"corpus_bleu{order}": _bleu(max_order=order)(*texts) for order in _ORDERS}
 
 
 def text_scores(

@@ -50,8 +50,8 @@ def downloads(tmp_path_factory):
 
 def items(downloads, name, split="train"):
     found = list(read_items(name, downloads[name], split))
-    assert not [bad for bad in found if isinstance(bad, BadRow)]
-    return found
+    assert not [bad for bad in found if isinstance(bad, BadRow) and not bad.is_left_out]
+    return [item for item in found if not isinstance(item, BadRow)]
 
 
 @pytest.mark.parametrize("name", DATA_SETS)
@@ -69,7 +69,9 @@ def test_every_data_set_gives_training_rows_whose_scans_load(name, downloads):
     report = check_data_set(name, downloads[name], "train", scans="load", workers=1, progress=False)
     assert report.is_whole, report
     assert report.items.total() == len(found)
-    assert DATA_SETS[name].licence in check_text(report, DATA_SETS[name], "train")
+    text = check_text(report, DATA_SETS[name], "train")
+    assert DATA_SETS[name].licence in text
+    assert ("not for commercial use" in text) == (name != "own")
 
 
 def test_several_data_sets_follow_each_other(downloads):
@@ -105,6 +107,7 @@ def test_m3d_questions_are_asked_closed_and_open(downloads):
 def test_ct_rate_reports_have_findings_and_impression(downloads):
     found = items(downloads, "ct-rate")
     assert len(found) == 3  # not the head
+    assert check_data_set("ct-rate", downloads["ct-rate"], "train", progress=False).left_out == 1
     sections = [split_report(item.completion) for item in found]
     assert sections == [
         {"findings": "There is a nodule of 5 mm.", "impression": "Nodule."},
@@ -155,16 +158,32 @@ def test_radgenome_takes_the_scans_of_ct_rate_where_it_has_none(downloads, tmp_p
 
 
 def test_3d_rad_names_its_kinds_and_finds_test_scans(downloads):
-    opened, closed = items(downloads, "3d-rad", "test")
-    assert (opened.kind, opened.task, opened.prompt) == ("medical computation, Size", "vqa_open", "What is its size?")
-    assert (closed.kind, closed.completion, closed.choices) == (
-        "existence detection, Lung nodule",
-        "A. Yes",
-        ["Yes", "No"],
-    )
+    size, opened, closed = items(downloads, "3d-rad", "test")
+    assert (size.kind, size.task, size.prompt) == ("medical computation, Size", "vqa_open", "What is its size?")
+    assert (closed.kind, closed.completion) == ("existence detection, Lung nodule", "A. Yes")
+    assert closed.choices == ["Yes", "No"]
+    # Existence is asked without choices too, as the paper does.
+    assert (opened.kind, opened.task, opened.completion) == (closed.kind, "vqa_open", "Yes")
     assert "valid_fixed/valid_1/" in closed.images[0]
     hub = downloads["3d-rad"] / "3DRAD"
-    assert len(list(read_items("3d-rad", hub, "test"))) == 2
+    assert len(list(read_items("3d-rad", hub, "test"))) == 3
+
+
+def test_scans_of_no_chest_are_left_out_everywhere(downloads, tmp_path):
+    write_3d_rad(tmp_path)
+    for split in ("train", "valid"):
+        (tmp_path / "dataset" / "metadata" / f"no_chest_{split}.txt").write_text(f"x/{split}_1_a_1.nii.gz\n")
+    for name, split in (("ct-rate", "train"), ("ct-rate-vqa", "validation"), ("3d-rad", "test")):
+        found = list(read_items(name, tmp_path, split))
+        assert any(isinstance(row, BadRow) and row.is_left_out for row in found)
+        assert not [item for item in found if not isinstance(item, BadRow) and "_1_a_1" in item.images[0]]
+
+
+def test_m3d_takes_nifti_files_where_only_they_are_there(tmp_path):
+    write_m3d(tmp_path)
+    for array in (tmp_path / "M3D_Cap_npy").rglob("*.npy"):
+        array.rename(array.with_suffix(".nii.gz"))
+    assert all(item.images[0].endswith(".nii.gz") for item in read_items("m3d-vqa", tmp_path, "test"))
 
 
 def test_own_data_may_be_a_file_a_folder_of_files_or_scans_with_reports(downloads, tmp_path):
@@ -237,6 +256,7 @@ def test_ids_and_json_lines_of_ones_own_are_checked(tmp_path):
             {"images": "scan.nii.gz", "prompt": "Q?", "completion": " "},
             {"images": "scan.nii.gz", "prompt": "Q?", "completion": "x", "choices": ["a", "b"], "answer": "c"},
             {"images": 5, "prompt": "Q?", "completion": "x"},
+            {"images": "scan.nii.gz", "prompt": "Q?", "completion": "x", "choices": [[1], [2]], "answer": [1]},
         ):
             lines.write(json.dumps(row) + "\n")
         lines.write("{broken\n")
@@ -246,7 +266,8 @@ def test_ids_and_json_lines_of_ones_own_are_checked(tmp_path):
         (4, "an"),
         (5, "the"),
         (6, "images"),
-        (7, "is"),
+        (7, "choices"),
+        (8, "is"),
     ]
     assert "Doe" not in check_text(report, DATA_SETS["own"], "train")
 
@@ -288,6 +309,21 @@ def test_a_missing_column_is_named(tmp_path):
     write_csv(tmp_path / "M3D-VQA" / "M3D_VQA_test.csv", ["Image Path", "Question"], ["a", "b"])
     with pytest.raises(DataError, match=r"no column Question Type, Choice A.*found: Image Path, Question"):
         list(read_items("m3d-vqa", tmp_path, "test"))
+
+
+def test_a_file_without_header_is_not_quoted(tmp_path):
+    (tmp_path / "rows.csv").write_text("Jane Doe born 1950,Large tumour\nJohn Doe,None\n", encoding="utf-8")
+    with pytest.raises(DataError, match="is the header missing") as raised:
+        list(read_items("own", tmp_path / "rows.csv", "train"))
+    assert "Doe" not in str(raised.value)
+
+
+def test_numbers_are_good_ids_and_patients(tmp_path):
+    lines = [{"id": 0, "patient": 0, "prompt": "Q?", "completion": "x", "images": f"{i}.nii"} for i in range(2)]
+    lines[1]["id"] = 1
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    found = list(read_items("own", tmp_path / "a.jsonl", "train"))
+    assert [(item.id, item.patient) for item in found] == [("0", "0"), ("1", "0")]
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 1000])

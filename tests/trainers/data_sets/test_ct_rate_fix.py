@@ -45,7 +45,7 @@ def test_a_real_scan_comes_back_in_hu_with_its_voxel_size(intercept, test_data, 
     real = load_volume(test_data / "totalseg" / "example_ct_sm.nii.gz")
     hu = np.clip(real.hu, -1024, 3000)
     write_version_1(tmp_path, hu, real.spacing, intercept)
-    assert fix_scans(tmp_path, "validation", progress=False) == {}
+    assert fix_scans(tmp_path, "validation", progress=False) == (1, {})
     path = scan_path(tmp_path, NAME)
     fixed = load_volume(path)
     assert np.array_equal(fixed.hu, np.rint(hu))
@@ -57,15 +57,15 @@ def test_a_real_scan_comes_back_in_hu_with_its_voxel_size(intercept, test_data, 
 def test_what_is_there_is_left_alone_and_nothing_is_rescaled_twice(tmp_path):
     hu = np.linspace(-1000, 1500, 8 * 9 * 10).reshape(8, 9, 10).round()
     source = write_version_1(tmp_path, hu, (2.0, 0.7, 0.7))
-    assert fix_scans(tmp_path, "validation", progress=False) == {}
+    assert fix_scans(tmp_path, "validation", progress=False) == (1, {})
     target = scan_path(tmp_path, NAME)
     before = target.stat().st_mtime_ns
-    assert fix_scans(tmp_path, "validation", progress=False) == {}
+    assert fix_scans(tmp_path, "validation", progress=False) == (0, {})
     assert target.stat().st_mtime_ns == before
     # A scan of version 2 in the folder of version 1, as some downloads have it.
     source.write_bytes(target.read_bytes())
     target.unlink()
-    failed = fix_scans(tmp_path, "validation", progress=False)
+    _, failed = fix_scans(tmp_path, "validation", progress=False)
     assert "repaired scan already" in failed[NAME]
     assert not target.exists()
 
@@ -96,10 +96,12 @@ def test_what_cannot_be_repaired_is_listed_and_the_others_go_on(tmp_path):
     ]
     metadata = tmp_path / "dataset" / "metadata" / "validation_metadata.csv"
     write_csv(metadata, COLUMNS, *rows)
-    failed = fix_scans(tmp_path, "validation", progress=False)
+    _, failed = fix_scans(tmp_path, "validation", progress=False)
     assert set(failed) == {"line 2", NAME}
     assert scan_path(tmp_path, "valid_8_a_1.nii.gz").exists()
-    write_csv(metadata, COLUMNS, [NAME, 1, -1024, "[0.7, 0.7]", "nan"])
-    assert "no slope or voxel size" in fix_scans(tmp_path, "validation", progress=False)[NAME]
+    for cells in (("[0.7, 0.7]", "nan"), ("[0.7, 0.7]", ""), ("NaN", "2"), ("0.7", "2"), ("[0.7, -0.7]", "2")):
+        write_csv(metadata, COLUMNS, [NAME, 1, -1024, *cells])
+        _, failed = fix_scans(tmp_path, "validation", progress=False)
+        assert "no slope or voxel size" in failed[NAME]
     with pytest.raises(DataError, match="has no split test"):
         fix_scans(tmp_path, "test")

@@ -81,3 +81,23 @@ def test_each_closed_row_has_its_own_letter():
     scores = score_closed(rows, ["lung, A.", "A. lung", "C", "heart, D."])
     assert [score["strict"] for score in scores] == [True, False, True, False]
     assert [score["letter"] for score in scores] == [True, False, True, True]
+
+
+@pytest.mark.parametrize(
+    ("answer", "text", "strict", "letter"),
+    [
+        ("Stanford type A", "A. Stanford type A", True, True),
+        ("Stanford type A", "Stanford type A", True, False),
+        ("hepatitis B", "A. hepatitis B", True, True),
+        ("hepatitis B", "hepatitis B, A.", True, True),
+        ("hepatitis B", "B. hepatitis B", True, False),
+        ("L4 (grade D)", "A. L4 (grade D).", True, True),
+        ("A cyst", "A cyst", True, False),
+        ("C-section scar", "C-section scar", True, False),
+        ("A cyst", "a cyst", True, False),
+        ("cyst", "A. A cyst", False, True),
+    ],
+)
+def test_a_choice_may_hold_a_letter_itself(answer, text, strict, letter):
+    (score,) = score_closed([{"answer": answer, "choices": [answer, "none", "other"]}], [text])
+    assert (score["strict"], score["letter"]) == (strict, letter)

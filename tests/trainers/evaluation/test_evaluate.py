@@ -23,14 +23,17 @@ import time
 
 import numpy as np
 import pytest
-from published import WRITERS, write_csv, write_ct_rate, write_m3d
+from filelock import FileLock
+from published import WRITERS, write_csv, write_ct_rate, write_m3d, write_own
 
 from ct_moe import CTMoEForConditionalGeneration, CTMoEProcessor, DataError
 from ct_moe.trainers.data_sets.catalogue import DATA_SETS, read_items
 from ct_moe.trainers.data_sets.ct_rate import read_labels
+from ct_moe.trainers.data_sets.item import BadRow, Item
 from ct_moe.trainers.evaluation import predictions as predictions_module
 from ct_moe.trainers.evaluation.abnormality_labels import label_scores, rule_labels
 from ct_moe.trainers.evaluation.answering import answer_rows
+from ct_moe.trainers.evaluation.baselines import majority
 from ct_moe.trainers.evaluation.evaluate import evaluate
 from ct_moe.trainers.evaluation.predictions import predict
 from ct_moe.trainers.evaluation.results import format_results
@@ -58,25 +61,34 @@ def test_every_data_set_is_answered_and_scored(name, model_folder, display_folde
     root = WRITERS[name](tmp_path)
     model = display_folder if DATA_SETS[name].intensity == "display" else model_folder
     split = "train" if name == "own" else None
-    names = ["majority", "blind"] + ["nearest"] * (name in ("ct-rate", "m3d-cap")) + ["labels"] * (name == "ct-rate")
+    names = (
+        ["blind"]
+        + ["majority"] * (name != "own")
+        + ["nearest"] * (name in ("ct-rate", "m3d-cap"))
+        + ["labels"] * (name == "ct-rate")
+    )
     out = tmp_path / "results.json"
     result = evaluate(out, model=str(model), data=name, root=root, split=split, baselines=names, progress=False)
     assert json.loads(out.read_text(encoding="utf-8")) == json.loads(json.dumps(result))
     assert set(result["baselines"]) == set(names)
     items = list(read_items(name, root, result["about"]["split"]))
     lines = (tmp_path / "results.predictions.jsonl").read_text(encoding="utf-8").splitlines()
+    left_out = int(name == "ct-rate")
+    items = [item for item in items if not isinstance(item, BadRow)]
+    counts = {"rows": len(items), "scored": len(items), "unanswered": 0, "bad_rows": 0, "left_out": left_out}
+    assert result["counts"] == counts
     assert [json.loads(line)["id"] for line in lines[1:]] == [item.id for item in items]
-    assert result["counts"] == {"rows": len(items), "scored": len(items), "unanswered": 0, "bad_rows": 0}
     assert (tmp_path / "results.png").stat().st_size > 5000
     assert str(tmp_path) not in out.read_text(encoding="utf-8")
     (index,) = result["model_index"]
     assert index["results"][0]["dataset"]["name"] == DATA_SETS[name].title
-    assert "majority" in format_results(result)
+    assert "blind" in format_results(result)
+    assert not list(tmp_path.glob("*.lock")) + list(tmp_path.glob("*.part*"))
 
 
 def test_answers_are_those_of_the_model_alone(model_folder, tmp_path):
     root = write_ct_rate(tmp_path)
-    items = list(read_items("ct-rate", root, "validation"))
+    items = [item for item in read_items("ct-rate", root, "validation") if not isinstance(item, BadRow)]
     model = CTMoEForConditionalGeneration.from_pretrained(model_folder)
     processor = CTMoEProcessor.from_pretrained(model_folder)
     said = predict(model, processor, items, tmp_path / "a.jsonl", about={}, batch_size=2, progress=False)
@@ -96,7 +108,7 @@ def test_answers_are_those_of_the_model_alone(model_folder, tmp_path):
 
 def test_results_are_those_of_the_metrics(model_folder, tmp_path):
     root = write_ct_rate(tmp_path)
-    items = list(read_items("ct-rate", root, "validation"))
+    items = [item for item in read_items("ct-rate", root, "validation") if not isinstance(item, BadRow)]
     texts = ["A nodule is seen.", "No nodule. Emphysema.", "Emphysema, pleural effusion."]
     file = tmp_path / "said.jsonl"
     file.write_text(
@@ -109,12 +121,12 @@ def test_results_are_those_of_the_metrics(model_folder, tmp_path):
     wanted = text_metrics(texts, [item.completion for item in items])
     for name in ("bleu1", "bleu4", "rouge2", "rougeL"):
         assert metrics[name]["mean"] == pytest.approx(wanted[name])
-    assert result["report"]["corpus_bleu4"] == pytest.approx(wanted["corpus_bleu4"])
+    assert result["report"]["corpus"]["corpus_bleu4"] == pytest.approx(wanted["corpus_bleu4"])
     assert result["report"]["patients"] == 2
     truth = np.array(list(read_labels(root, "validation").values()))
     scores = label_scores(rule_labels(texts), truth)
     assert result["report"]["labels"]["micro_f1"] == pytest.approx(scores["micro_f1"])
-    assert result["report"]["labels"]["by"] == "rules"
+    assert result["report"]["labels"]["by"] == "built-in rules"
     # A report made of the labels has them all.
     assert result["baselines"]["labels"]["report"]["labels"]["macro_f1"] == 1
 
@@ -130,16 +142,53 @@ def test_majority_is_the_usual_answer_of_a_type_in_training(tmp_path):
         progress=False,
     )
     assert result["closed"]["metrics"]["strict"]["mean"] == 100
-    assert (
-        result["baselines"]["majority"]["closed"]["metrics"]["strict"]["mean"] == 100
-    )  # the test rows are those of train
+    # The questions of the test file are those of the training file.
+    assert result["baselines"]["majority"]["closed"]["metrics"]["strict"]["mean"] == 100
     assert set(result["closed"]["kinds"]) == {"plane", "phase", "abnormality"}
-    # Paper's rule and strict choice part where a text names every letter.
+    # M3D's rule and the strict one part where a text names every letter.
     file = tmp_path / "letters.csv"
     items = list(read_items("m3d-vqa", root, "test"))
     write_csv(file, ["id", "prediction"], *[[item.id, "A. B. C. D."] for item in items])
     closed = evaluate(tmp_path / "s.json", data="m3d-vqa", root=root, predictions=file, baselines=[])["closed"]
     assert (closed["metrics"]["m3d"]["mean"], closed["metrics"]["strict"]["mean"]) == (100, 0)
+
+
+def test_usual_answers_by_hand():
+    def item(kind, answer, choices=None):
+        return Item("", [], "", answer, "vqa_closed" if choices else "vqa_open", kind, "", ("", 0), answer, choices)
+
+    sides = ["left", "right"]
+    train = [item("side", "right", sides), item("side", "right", sides), item("side", "left", sides)]
+    train += [item("size", "5 mm"), item("size", "4 mm")]
+    asked = [
+        item("side", "left", sides),
+        item("side", "left", ["both", "left"]),
+        item("size", "9 mm"),
+        item("new", "x"),
+    ]
+    assert majority(iter(train), asked) == ["B. right", "B. left", "4 mm", ""]
+
+
+def test_the_mean_of_types_weighs_every_type_alike_and_has_its_interval(tmp_path):
+    file = tmp_path / "mine.jsonl"
+    rows = [("a", i < 9, i) for i in range(12)] + [("b", i < 1, 20 + i) for i in range(4)]
+    with file.open("w", encoding="utf-8") as out:
+        for kind, right, patient in rows:
+            row = {"prediction": "x" if right else "y", "choices": ["x", "y"], "answer": "x", "kind": kind}
+            out.write(json.dumps({**row, "patient": patient}) + "\n")
+    summary = evaluate(tmp_path / "r.json", predictions=file, baselines=[])["closed"]["metrics"]["strict"]
+    assert summary["mean"] == pytest.approx(100 * 10 / 16)
+    assert summary["mean_of_kinds"] == pytest.approx((75 + 25) / 2)
+    low, high = summary["mean_of_kinds_interval"]
+    assert low < 50 < high
+    assert high - low > summary["interval"][1] - summary["interval"][0]  # four rows of b count as much as twelve of a
+
+
+def test_training_rows_are_not_scored_against_themselves(tmp_path):
+    file = write_own(tmp_path)
+    said = _perfect(file, "own", "test", tmp_path)
+    with pytest.raises(DataError, match="its training rows are those that are scored"):
+        evaluate(tmp_path / "r.json", data="own", root=file, predictions=said, baselines=["majority"])
 
 
 def _perfect(root, name, split, folder):
@@ -165,6 +214,7 @@ def test_predictions_may_bring_their_own_references(tmp_path):
 def test_a_run_that_was_interrupted_goes_on_with_the_same_batches(model_folder, monkeypatch, tmp_path):
     root = write_ct_rate(tmp_path)
     settings = {"model": str(model_folder), "data": "ct-rate-vqa", "root": root, "batch_size": 1, "progress": False}
+    settings["baselines"] = []
     whole = tmp_path / "whole.json"
     evaluate(whole, **settings)
     generate, calls = predictions_module.generate_answers, []
@@ -176,22 +226,52 @@ def test_a_run_that_was_interrupted_goes_on_with_the_same_batches(model_folder, 
         return generate(model, collator, rows, *args, **kwargs)
 
     monkeypatch.setattr(predictions_module, "generate_answers", dies)
-    out = tmp_path / "out.json"
+    out = tmp_path / "out[1].json"  # a name that a pattern would misread
     with pytest.raises(KeyboardInterrupt):
         evaluate(out, **settings)
-    part = tmp_path / "out.predictions.jsonl.part-0"
+    part = tmp_path / "out[1].predictions.jsonl.part1"
     kept = part.read_text(encoding="utf-8")
     part.write_text(kept + kept.splitlines()[-1][:20], encoding="utf-8")  # cut off in the middle of a line
     assert not out.exists()
     evaluate(out, **settings)
-    assert calls[2:] == [calls[2], *calls[3:]]
     assert sum(map(len, calls)) == len({i for call in calls for i in call}) + 1  # only the one that failed came again
     assert out.read_bytes() == whole.read_bytes()
-    assert (tmp_path / "out.predictions.jsonl").read_bytes() == (tmp_path / "whole.predictions.jsonl").read_bytes()
+    answers = [file.with_suffix(".predictions.jsonl").read_bytes() for file in (out, whole)]
+    assert answers[0] == answers[1]
     assert not part.exists()
     calls.clear()
     evaluate(out, **settings)
     assert not calls
+
+
+def test_two_runs_do_not_write_to_one_file(model_folder, tmp_path):
+    root = write_ct_rate(tmp_path)
+    settings = {"model": str(model_folder), "data": "ct-rate", "root": root, "progress": False, "baselines": []}
+    with FileLock(tmp_path / "r.predictions.jsonl.lock"), pytest.raises(DataError, match="another run is writing"):
+        evaluate(tmp_path / "r.json", **settings)
+    evaluate(tmp_path / "r.json", **settings)
+
+
+def test_a_scan_that_could_not_be_read_is_tried_again(model_folder, tmp_path):
+    root = write_ct_rate(tmp_path)
+    settings = {"model": str(model_folder), "data": "ct-rate", "root": root, "progress": False, "baselines": []}
+    evaluate(tmp_path / "whole.json", **settings)
+    (root / "dataset" / "valid_fixed").rename(root / "away")
+    assert evaluate(tmp_path / "r.json", **settings)["counts"]["unanswered"] == 3
+    (root / "away").rename(root / "dataset" / "valid_fixed")
+    assert evaluate(tmp_path / "r.json", **settings)["counts"]["unanswered"] == 0
+    assert (tmp_path / "r.json").read_bytes() == (tmp_path / "whole.json").read_bytes()
+
+
+def test_a_task_of_ones_own_is_answered(model_folder, tmp_path):
+    write_own(tmp_path)
+    row = {"images": "scan.nii.gz", "prompt": "Urgent?", "completion": "No.", "task": "triage"}
+    (tmp_path / "test.jsonl").write_text(json.dumps(row) + "\n", encoding="utf-8")
+    result = evaluate(
+        tmp_path / "r.json", model=str(model_folder), data="own", root=tmp_path, baselines=[], progress=False
+    )
+    assert result["open"]["rows"] == 1
+    assert result["open"]["metrics"]["bleu1"]["interval"] is None
 
 
 def test_answers_of_another_run_are_not_taken(model_folder, tmp_path):
@@ -217,7 +297,7 @@ def test_rows_that_cannot_be_answered_are_counted(model_folder, tmp_path):
     with reports.open("a", encoding="utf-8") as file:
         file.write("Doe.nii.gz,,,Text,Text\n")
     result = evaluate(tmp_path / "r.json", model=str(model_folder), data="ct-rate", root=root, progress=False)
-    assert result["counts"] == {"rows": 3, "scored": 2, "unanswered": 1, "bad_rows": 1}
+    assert result["counts"] == {"rows": 3, "scored": 2, "unanswered": 1, "bad_rows": 1, "left_out": 1}
     assert result["unanswered"] == ["ct-rate-valid_1_a_1"]
     assert result["bad_rows"][0].startswith("validation_reports.csv, line 7: VolumeName")
     assert "1 of 3 rows could not be answered" in format_results(result)
@@ -230,8 +310,15 @@ def test_rows_that_cannot_be_answered_are_counted(model_folder, tmp_path):
         ({"predictions": "x.jsonl"}, "comes with predictions"),
         ({"data": None}, "data: is missing"),
         ({"data": "m3d-vqa"}, "its scans are 'display'"),
+        ({"data": "m3d-vqa", "baselines": ["nearest"]}, "has no reports"),
+        ({"data": "m3d-cap", "baselines": ["labels"]}, "has no labels"),
         ({"baselines": ["best"]}, "'best' is unknown"),
-        ({"scorers": ["nowhere:f"]}, "cannot be found"),
+        ({"scorers": ["nowhere:f"]}, "cannot be loaded"),
+        ({"labeller": "/nowhere"}, "no classifier"),
+        (
+            {"baselines": ["nearest"], "data": "ct-rate-vqa", "split": "validation", "root": "broken"},
+            "there is no such",
+        ),
         ({"root": None}, "Name the folder"),
         ({"split": "dev"}, "has no split dev"),
     ],
@@ -274,7 +361,7 @@ def test_killed_and_restarted_and_in_two_processes_the_results_are_the_same(mode
 
     killed = tmp_path / "killed.json"
     process = subprocess.Popen(command(model_folder, root, killed), stderr=subprocess.DEVNULL)
-    part = tmp_path / "killed.predictions.jsonl.part-0"
+    part = tmp_path / "killed.predictions.jsonl.part1"
     deadline = time.monotonic() + 120
     while time.monotonic() < deadline and not (part.exists() and part.read_bytes().count(b"\n") >= 2):
         time.sleep(0.01)

@@ -71,8 +71,8 @@ def test_an_empty_text_has_no_bertscore(encoder):
         ("bertscore={encoder}@x", "is no number"),
         ("bertscore={encoder}@4", "has no layer 4"),
         ("bertscore=/nowhere@2", "is no encoder"),
-        ("best", "cannot be found"),
-        ("json:best", "cannot be found"),
+        ("best", "is unknown"),
+        ("json:best", "cannot be loaded"),
     ],
 )
 def test_what_is_no_metric_is_refused(name, finding, encoder):
@@ -105,5 +105,5 @@ def test_scorers_of_other_packages_are_called_as_they_want_it(monkeypatch, encod
     assert find_scorer("ratescore")[1](["a", "b"], ["a", "c"]) == [100, 0]
     assert find_scorer("green=judge")[1](["a", "b"], ["a", "c"]) == [75, 25]
     name, scorer = find_scorer("os.path:commonprefix")
-    assert (name, scorer(["ab", "ac"])) == ("commonprefix", "a")
+    assert (name, scorer(["ab", "ac"])) == ("os.path:commonprefix", "a")
     assert find_scorer(f"bertscore={encoder}@2")[0] == "bertscore"
