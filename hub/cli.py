@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""The command line: `ct-moe convert`, `train`, `report`, `view`, `inspect`, `tasks` and `tiny-base`.
+"""The command line, `ct-moe`: `convert`, `train`, `report`, `evaluate`, `check` and others (`ct-moe --help`).
 
 Every command imports what it needs when it runs, so that `--help` answers at once. Bad input ends in one line on
 stderr and exit code 1; wrong usage in exit code 2.
