@@ -16,8 +16,10 @@
 The fourth baseline, the model itself shown air, is `phantoms.controls.blind` given to `predict`.
 """
 
+import os
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 from tqdm.auto import tqdm
@@ -69,21 +71,25 @@ def nearest_reports(
     """
     reports = [item for item in train if item.task == "report"]
     asked = [item for item in items if item.task == "report"]
-    looks: dict[str, np.ndarray | None] = {}
-    paths = dict.fromkeys(item.images[0] for item in (*reports, *asked))
-    for path in tqdm(paths, desc="looks", unit="scan", disable=not progress):
+    paths = list(dict.fromkeys(item.images[0] for item in (*reports, *asked)))
+
+    def look(path: str) -> np.ndarray | None:
         try:
-            looks[path] = _look(read(path)["pixel_values"])
+            return _look(read(path)["pixel_values"])
         except (CTMoEError, OSError):
-            looks[path] = None
+            return None
+
+    with ThreadPoolExecutor(os.cpu_count()) as threads:  # reading and unpacking, which take the time, let others run
+        found = threads.map(look, paths)
+        looks = dict(zip(paths, tqdm(found, total=len(paths), desc="looks", unit="scan", disable=not progress)))
     reports = [item for item in reports if looks[item.images[0]] is not None]
     if not reports:
         raise DataError("training scans", "none can be read", "Leave out the baseline nearest, or run: ct-moe check")
     known = np.stack([looks[item.images[0]] for item in reports])
     texts: list[str | None] = []
     for item in items:
-        look = looks.get(item.images[0]) if item.task == "report" else None
-        texts.append(None if look is None else reports[int((known @ look).argmax())].completion)
+        own = looks.get(item.images[0]) if item.task == "report" else None
+        texts.append(None if own is None else reports[int((known @ own).argmax())].completion)
     return texts
 
 

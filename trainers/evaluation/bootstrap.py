@@ -91,6 +91,36 @@ def paired_bootstrap_interval(
     return bootstrap_interval(a - b, groups, confidence=confidence, resamples=resamples, seed=seed)
 
 
+def mean_of_strata_interval(
+    values: Sequence[float] | np.ndarray,
+    strata: Sequence[Hashable],
+    groups: Sequence[Hashable] | None = None,
+    *,
+    confidence: float = 0.95,
+    resamples: int = 2000,
+    seed: int = 0,
+) -> tuple[float, float]:
+    """Interval of the mean over strata of the means in each: types of questions that count alike, however many rows.
+
+    Groups are drawn whole, with all their strata. A resample without any row of a stratum leaves that one out.
+    Arguments as in `bootstrap_interval`; `strata` `(N,)` is what each row belongs to.
+    """
+    values, members = _grouped(values, groups)
+    if len(strata) != len(values):
+        raise DataError("strata", f"{len(strata)} for {len(values)} values", "Pass one for each value")
+    number = np.unique(np.asarray(strata).astype(str), return_inverse=True)[1]
+    width = number.max() + 1
+    sums = np.stack([np.bincount(number[rows], values[rows], width) for rows in members])
+    sizes = np.stack([np.bincount(number[rows], minlength=width) for rows in members])
+    found = []
+    for drawn in _draws(len(members), resamples, seed):
+        times = np.stack([np.bincount(resample, minlength=len(members)) for resample in drawn]).astype(np.float64)
+        total, size = times @ sums, times @ sizes
+        found.append(np.nanmean(np.divide(total, size, out=np.full_like(total, np.nan), where=size > 0), axis=1))
+    low, high = np.quantile(np.concatenate(found), [(1 - confidence) / 2, (1 + confidence) / 2])
+    return float(low), float(high)
+
+
 def _numbers(values: Sequence[float] | np.ndarray, name: str) -> np.ndarray:
     values = np.asarray(values, dtype=np.float64)
     if values.ndim != 1:

@@ -27,7 +27,7 @@ from ct_moe import DataError
 
 from ..data_sets.item import Item
 from .abnormality_labels import label_scores
-from .bootstrap import bootstrap_interval
+from .bootstrap import bootstrap_interval, mean_of_strata_interval
 from .cider import cider_scores
 from .closed_questions import score_closed
 from .text_metrics import corpus_bleu, text_scores
@@ -182,30 +182,11 @@ def _summaries(items: Sequence[Item], values: dict[str, list[float]]) -> dict[st
     metrics = {}
     for name, found in values.items():
         metrics[name] = _summary(found, patients)
-        metrics[name]["mean_of_kinds"], metrics[name]["mean_of_kinds_interval"] = _mean_of_kinds(
-            np.array(found), np.array([item.kind for item in items]), patients
+        metrics[name]["mean_of_kinds"] = float(np.mean([by_kind[kind][name]["mean"] for kind in by_kind]))
+        metrics[name]["mean_of_kinds_interval"] = (
+            mean_of_strata_interval(found, [item.kind for item in items], patients) if len(set(patients)) > 1 else None
         )
     return {"rows": len(items), "patients": len(set(patients)), "metrics": metrics, "kinds": by_kind}
-
-
-def _mean_of_kinds(
-    values: np.ndarray, kinds: np.ndarray, patients: list[str]
-) -> tuple[float, tuple[float, float] | None]:
-    """Every type of question counts alike; a resample without one leaves it out."""
-    _, number = np.unique(kinds, return_inverse=True)
-
-    def mean(rows: np.ndarray) -> float:
-        rows = rows.astype(int)
-        counts = np.bincount(number[rows], minlength=number.max() + 1)
-        sums = np.bincount(number[rows], values[rows], minlength=number.max() + 1)
-        return float((sums[counts > 0] / counts[counts > 0]).mean())
-
-    every = np.arange(len(values))
-    if len(set(patients)) < 2:
-        return mean(every), None
-    if number.max() == 0:
-        return float(values.mean()), bootstrap_interval(values, patients)
-    return mean(every), bootstrap_interval(every, patients, statistic=mean)
 
 
 def _summary(values: list[float], patients: list[str]) -> dict[str, Any]:

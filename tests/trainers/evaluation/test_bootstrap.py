@@ -22,7 +22,11 @@ import pytest
 
 from ct_moe import DataError
 from ct_moe.trainers.evaluation import bootstrap
-from ct_moe.trainers.evaluation.bootstrap import bootstrap_interval, paired_bootstrap_interval
+from ct_moe.trainers.evaluation.bootstrap import (
+    bootstrap_interval,
+    mean_of_strata_interval,
+    paired_bootstrap_interval,
+)
 
 
 # Four scans with 1 to 4 questions, their rows mixed.
@@ -122,3 +126,21 @@ def test_what_has_no_interval_is_refused(arguments, options, finding):
 def test_pairs_of_unequal_length_are_refused():
     with pytest.raises(DataError, match="have 2 and 3 values"):
         paired_bootstrap_interval([1, 2], [1, 2, 3])
+
+
+def test_strata_count_alike_and_agree_with_a_loop():
+    rng = np.random.default_rng(1)
+    strata = rng.choice(["a", "b", "c"], 200, p=[0.7, 0.2, 0.1])
+    groups = rng.integers(0, 40, 200)
+    values = rng.random(200) + (strata == "c")
+
+    def mean(rows):
+        rows = rows.astype(int)
+        return np.mean([values[rows][strata[rows] == name].mean() for name in set(strata[rows])])
+
+    wanted = bootstrap_interval(np.arange(200), groups, statistic=mean, resamples=300)
+    found = mean_of_strata_interval(values, strata, groups, resamples=300)
+    assert found == pytest.approx(wanted)
+    assert mean_of_strata_interval(values, ["one"] * 200, groups) == pytest.approx(bootstrap_interval(values, groups))
+    with pytest.raises(DataError, match="199 for 200 values"):
+        mean_of_strata_interval(values, strata[1:], groups)
