@@ -75,7 +75,9 @@ def test_demo_model_is_measured_with_controls_and_a_ceiling(folder, demo_model):
     table = run(folder, EXAMPLES / "evaluate.py", "--model", demo_model, "--data", "phantoms", "--out", "scores")
     scores = json.loads((folder / "scores" / "scores.json").read_text(encoding="utf-8"))
     lines = (folder / "scores" / "answers.jsonl").read_text(encoding="utf-8").splitlines()
-    closed = [answer for answer in map(json.loads, lines) if answer["task"] == "vqa_closed"]
+    answers = list(map(json.loads, lines))
+    assert scores["plane"]["n"] == sum(answer["kind"] == "plane" for answer in answers) == 4
+    closed = [answer for answer in answers if answer["task"] == "vqa_closed" and answer["kind"] != "plane"]
     assert scores["closed"]["n"] == len(closed)
     assert scores["closed"]["accuracy"] == pytest.approx(sum(answer["right"] for answer in closed) / len(closed))
     assert {"blind", "other_scan", "shuffled_slices", "single_slice", "flipped"} == set(scores["controls"])
