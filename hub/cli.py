@@ -421,7 +421,7 @@ def evaluate(
 ) -> None:
     """Answer a data set and score the answers, or score those of another system. A killed run goes on where it was.
 
-    Several processes: accelerate launch --num_processes N -m ct_moe.hub.cli evaluate ...
+    Several processes: accelerate launch --multi_gpu --num_processes N -m ct_moe.hub.cli evaluate ...
     """
     with _quiet_libraries():
         from ct_moe.trainers.evaluation.evaluate import evaluate as run

@@ -191,3 +191,13 @@ def test_both_stages_on_real_scans(test_data, model_folder, tmp_path):
     assert record["task"] == "report"
     assert record["prompt"] == REPORT_PROMPT
     assert record["scope"] == settings["intended_scope"]
+
+
+def test_the_code_of_the_demo_model_is_the_packages():
+    """Links, so that the shipped weights never run an older state of the code."""
+    folder = Path(__file__).parents[2] / "examples" / "demo_model"
+    files = sorted(folder.glob("*.py"))
+    assert [file.name for file in files] == sorted(
+        file.name for file in (folder.parents[1] / "modeling_ct_moe").glob("*_ct_moe.py")
+    )
+    assert all(file.is_symlink() for file in files)

@@ -64,7 +64,7 @@ ABNORMALITIES = (
 NO_CHEST = "is of no chest, by the publishers' list"
 # Names in the files: (of scans and labels, of reports and metadata).
 SPLITS = {"train": ("train", "train"), "validation": ("valid", "validation")}
-_NAME = re.compile(r"(train|valid)_(\d+)_([a-z]+)_(\d+)\.nii\.gz")
+SCAN_NAME = re.compile(r"(train|valid)_(\d+)_([a-z]+)_(\d+)\.nii\.gz")
 _NOTHING = ("", "not given.", "not given", "nan")
 # What a question ends with in the published JSON, and the task it stands for.
 _TOKENS = {
@@ -191,7 +191,7 @@ def read_labels(root: Path, split: str) -> dict[str, list[int]]:
 
 def scan_path(root: Path, name: str) -> Path | None:
     """Where version 2 keeps "train_1_a_1.nii.gz"; `None` for what is no such name."""
-    parts = _NAME.fullmatch(name)
+    parts = SCAN_NAME.fullmatch(name)
     if parts is None:
         return None
     split, patient, scan, _ = parts.groups()

@@ -25,14 +25,13 @@ version to version, and the scans are CT-RATE's: not for commercial use.
 """
 
 import json
-import re
 from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
 
 from ct_moe import DataError
 
-from .ct_rate import NO_CHEST, SPLITS, no_chest, patient_of, scan_path
+from .ct_rate import NO_CHEST, SCAN_NAME, SPLITS, no_chest, patient_of, scan_path
 from .item import BadRow, Item, pick, read_csv
 
 
@@ -44,7 +43,6 @@ PARTS = {
     "size": ("Abnormality", "Size"),
     "disorders": (None, "Disorders"),
 }
-_NAME = re.compile(r"(train|valid)_(\d+)_([a-z]+)_(\d+)\.nii\.gz")
 
 
 def read_vqa(root: Path, split: str) -> Iterator[Item | BadRow]:
@@ -104,7 +102,7 @@ def _wordings(file: Path) -> list[str]:
 
 @lru_cache(maxsize=1 << 16)  # many rows are about one scan
 def _scan(root: Path, name: str) -> Path | None:
-    parts = _NAME.fullmatch(name)
+    parts = SCAN_NAME.fullmatch(name)
     if parts is None:
         return None
     split, patient, scan, _ = parts.groups()

@@ -16,8 +16,7 @@
 import re
 from collections.abc import Sequence
 
-
-LETTERS = "ABCD"
+from ..data_sets.item import LETTERS
 
 
 def score_closed(rows: Sequence[dict], texts: Sequence[str]) -> list[dict[str, bool]]:
