@@ -23,7 +23,7 @@ import sys
 import traceback
 import warnings
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -345,7 +345,7 @@ def check(
     out: Annotated[Path | None, typer.Option(help="File for everything found, as JSON.")] = None,
 ) -> None:
     """Look through a download before training: lines that cannot be used, scans that are missing or broken."""
-    with _quiet_libraries(), ExitStack() as files:
+    with _quiet_libraries():
         from ct_moe.trainers.data_sets.catalogue import find_data_set
         from ct_moe.trainers.data_sets.check import check_data_set, check_text
 
@@ -353,12 +353,7 @@ def check(
         for new in (items, out):  # before hours of loading
             if new is not None and not new.parent.is_dir():
                 raise CTMoEError(str(new), "is in no existing folder", "Make the folder first")
-        write = None
-        if items is not None:
-            file = files.enter_context(items.open("w", encoding="utf-8"))
-            names = ("id", "images", "prompt", "task", "kind")
-            write = lambda item: print(json.dumps({n: getattr(item, n) for n in names}), file=file)  # noqa: E731
-        found = check_data_set(data, root, split, scans=scans, intensity=intensity, each=write, workers=workers)
+        found = check_data_set(data, root, split, scans=scans, intensity=intensity, items=items, workers=workers)
     print(check_text(found, about, split))
     old = [root / "dataset" / name for name in ("train", "valid")]
     if found.missing and data.startswith("ct-rate") and any(folder.is_dir() for folder in old):

@@ -110,6 +110,20 @@ def write_ct_rate(root: Path) -> Path:
     return root
 
 
+def write_version_1(root: Path, name: str, hu: np.ndarray, spacing, intercept: float = -1024.0) -> Path:
+    """`hu` (z, y, x) in LPS as version 1 stores it: the scanner's numbers, and a header that says nothing."""
+    parts = name.removesuffix(".nii.gz").split("_")
+    folder = root / "dataset" / "valid" / "_".join(parts[:2]) / "_".join(parts[:3])
+    folder.mkdir(parents=True, exist_ok=True)
+    raw = (hu.transpose(2, 1, 0).astype(np.float64) - intercept).astype(np.float32)
+    nib.save(nib.Nifti1Image(raw, np.eye(4)), folder / name)
+    z, y, x = spacing
+    columns = ["VolumeName", "RescaleSlope", "RescaleIntercept", "XYSpacing", "ZSpacing"]
+    row = [name, 1, intercept, f"[{x}, {y}]", z]
+    write_csv(root / "dataset" / "metadata" / "validation_metadata.csv", columns, row)
+    return folder / name
+
+
 def write_radgenome(root: Path) -> Path:
     """RadGenome-ChestCT with scans of its own preprocessing."""
     files, templates = root / "dataset" / "radgenome_files", root / "dataset" / "qa_templates"

@@ -41,21 +41,14 @@ from datasets import Dataset, Features, IterableDataset, LargeList, List, Nifti,
 
 from ct_moe import DataError
 
-from .data_sets.catalogue import DATA_SETS, data_set_rows
+from .data_sets.catalogue import DATA_SETS, ITEM_FEATURES, data_set_rows
 
 
-_MESSAGES = List({"role": Value("string"), "content": Value("string")})
 _SCANS = List(Nifti(decode=False))
 
-ROW_FEATURES = Features(
-    {
-        "images": List(Value("string")),  # paths and URLs of the scans; none in a text-only row
-        "prompt": _MESSAGES,  # ends with a user message, the guide
-        "completion": _MESSAGES,  # one assistant message
-        "task": Value("string"),  # None: unlabelled
-        "row": Value("int64"),  # number in the source, from 1
-    }
-)
+# images: paths and URLs of the scans; none in a text-only row. prompt: messages that end with a user's, the guide.
+# completion: one assistant message. task: None for an unlabelled row. row: number in the source, from 1.
+ROW_FEATURES = Features({**ITEM_FEATURES, "row": Value("int64")})
 
 # By suffix: the builder of `datasets` and its options. An answer "NA" in a CSV cell is not a missing one.
 _READERS = {

@@ -118,7 +118,8 @@ DATA_SETS = {
     ),
     "own": DataSet("your own", own.read_own, ("train", "validation", "test"), "yours", "", True, intensity=None),
 }
-_FEATURES = Features(
+# Of the rows that come of items; `load_rows` numbers them.
+ITEM_FEATURES = Features(
     {
         "images": List(Value("string")),
         "prompt": List({"role": Value("string"), "content": Value("string")}),
@@ -173,15 +174,15 @@ def data_set_rows(name: str, root: str | Path, split: str, *, streaming: bool = 
     """
     if streaming:
         settings = {"name": name, "root": str(root), "split": split}
-        return IterableDataset.from_generator(_rows, gen_kwargs=settings, features=_FEATURES)
+        return IterableDataset.from_generator(_rows, gen_kwargs=settings, features=ITEM_FEATURES)
     tables, rows = [], []
     for row in _rows(name, str(root), split):
         rows.append(row)
         if len(rows) == _AT_ONCE:
-            tables.append(pa.Table.from_pylist(rows, _FEATURES.arrow_schema))
+            tables.append(pa.Table.from_pylist(rows, ITEM_FEATURES.arrow_schema))
             rows = []
     if rows or not tables:
-        tables.append(pa.Table.from_pylist(rows, _FEATURES.arrow_schema))
+        tables.append(pa.Table.from_pylist(rows, ITEM_FEATURES.arrow_schema))
     table = pa.concat_tables(tables)
     if not len(table):
         raise DataError(str(root), f"{name} has no row that can be used in {split}", "Run: ct-moe check")

@@ -13,11 +13,13 @@
 # limitations under the License.
 """Look through a download before training starts: `check_data_set`."""
 
+import json
 import os
 import warnings
 from collections import Counter
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
@@ -79,7 +81,7 @@ def check_data_set(
     *,
     scans: Literal["none", "there", "load"] = "there",
     intensity: Literal["hu", "display"] = "hu",
-    each: Callable[[Item], None] | None = None,
+    items: Path | None = None,
     workers: int | None = None,
     progress: bool = True,
 ) -> CheckReport:
@@ -90,7 +92,7 @@ def check_data_set(
         scans: "none" reads the texts alone; "there" also asks whether every scan is there and holds something; "load"
             loads them all, as training will: a voxel that is no HU, a cut file, a missing slice shows now.
         intensity: of one's own scans; a published data set has its own.
-        each: called with every item.
+        items: file for all rows that can be used, as JSONL; it is whole or not there.
         workers: scans that are loaded at a time; by default one per core.
         progress: whether to show bars.
 
@@ -98,18 +100,17 @@ def check_data_set(
         DataError: as in `read_items`.
     """
     report, named = CheckReport(), Counter()
-    for item in tqdm(read_items(name, root, split), desc="rows", unit="row", disable=not progress):
-        if isinstance(item, BadRow):
-            if item.is_left_out:
+    with _whole_file(items) as write:
+        for item in tqdm(read_items(name, root, split), desc="rows", unit="row", disable=not progress):
+            if isinstance(item, BadRow) and item.is_left_out:
                 report.left_out += 1
-            else:
+            elif isinstance(item, BadRow):
                 report.bad_rows.append(item)
-            continue
-        if each is not None:
-            each(item)
-        report.items[item.task] += 1
-        report.kinds[item.kind] += 1
-        named.update(set(item.images))
+            else:
+                write(item)
+                report.items[item.task] += 1
+                report.kinds[item.kind] += 1
+                named.update(set(item.images))
     report.scans = len(named)
     if scans == "none":
         return report
@@ -149,6 +150,22 @@ def check_text(report: CheckReport, data_set: DataSet, split: str, most: int = 1
     return "\n".join(lines)
 
 
+@contextmanager
+def _whole_file(path: Path | None) -> Iterator[Callable[[Item], None]]:
+    """Yield what writes an item; the file takes its name when all are written."""
+    if path is None:
+        yield lambda item: None
+        return
+    part = path.with_name(f".part-{path.name}")
+    try:
+        with part.open("w", encoding="utf-8") as file:
+            yield lambda item: print(json.dumps({name: getattr(item, name) for name in _TOLD}), file=file)
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)
+
+
+_TOLD = ("id", "images", "prompt", "task", "kind")
 _MISSING = "is not there"
 
 

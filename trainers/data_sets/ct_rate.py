@@ -113,10 +113,8 @@ def read_vqa(root: Path, split: str) -> Iterator[Item | BadRow]:
     file = root / "dataset" / "vqa" / f"{scans}_vqa.json"
     left_out = no_chest(root, split)
     for number, entry in read_json_list(file):
-        bad = BadRow(str(file), number, "")
         if not isinstance(entry, dict) or not isinstance(entry.get("conversations"), list):
-            bad.finding = "no conversation"
-            yield bad
+            yield BadRow(str(file), number, "no conversation")
             continue
         if not entry.get("image"):
             continue
@@ -127,10 +125,8 @@ def read_vqa(root: Path, split: str) -> Iterator[Item | BadRow]:
             yield BadRow(str(file), number, NO_CHEST, is_left_out=True)
             continue
         if path is None or len(turns) % 2 or not all(_is_turn(turn) for turn in turns):
-            bad.finding = (
-                "no scan of the form train_1_a_1.nii.gz" if path is None else "turns that are no conversation"
-            )
-            yield bad
+            finding = "turns that are no conversation" if path else "no scan of the form train_1_a_1.nii.gz"
+            yield BadRow(str(file), number, finding)
             continue
         history: list[dict[str, str]] = []
         for turn in range(0, len(turns), 2):
@@ -178,8 +174,7 @@ def read_labels(root: Path, split: str) -> dict[str, list[int]]:
     Raises:
         DataError: the file is missing, lacks a column, or has a label that is neither 0 nor 1.
     """
-    scans, _ = _names(root, split)
-    file = root / "dataset" / "multi_abnormality_labels" / f"{scans}_predicted_labels.csv"
+    file = labels_file(root, split)
     labels = {}
     for line, row in read_csv(file, ("VolumeName", *ABNORMALITIES)):
         values = [row[name].strip() for name in ABNORMALITIES]
@@ -187,6 +182,11 @@ def read_labels(root: Path, split: str) -> dict[str, list[int]]:
             raise DataError(str(file), f"line {line}: a label that is neither 0 nor 1", "Download it again")
         labels[row["VolumeName"].strip()] = [int(float(value)) for value in values]
     return labels
+
+
+def labels_file(root: Path, split: str) -> Path:
+    """What `read_labels` reads."""
+    return root / "dataset" / "multi_abnormality_labels" / f"{_names(root, split)[0]}_predicted_labels.csv"
 
 
 def scan_path(root: Path, name: str) -> Path | None:

@@ -61,11 +61,6 @@ class Item:
         """For training: the columns that `load_rows` takes."""
         return {name: getattr(self, name) for name in ("images", "prompt", "completion", "task")}
 
-    @property
-    def letter(self) -> str | None:
-        """Of the right choice."""
-        return None if self.choices is None else LETTERS[self.choices.index(self.answer)]
-
 
 @dataclass
 class BadRow:

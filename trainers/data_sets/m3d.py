@@ -66,20 +66,16 @@ def read_cap(root: Path, split: str) -> Iterator[Item | BadRow]:
     except KeyError:
         raise DataError(str(file), f"has no split {split}", f"Use one of {', '.join(CAP_SPLITS)}") from None
     for number, entry in enumerate(entries, 1):
-        bad = BadRow(str(file), number, "")
         if not isinstance(entry, dict) or not all(isinstance(entry.get(name), str) for name in ("image", "text")):
-            bad.finding = "no image or no text"
-            yield bad
+            yield BadRow(str(file), number, "no image or no text")
             continue
         try:
             report = (root / entry["text"]).read_text(encoding="utf-8").strip()
         except (OSError, UnicodeDecodeError) as error:
-            bad.finding = f"its text cannot be read ({type(error).__name__})"
-            yield bad
+            yield BadRow(str(file), number, f"its text cannot be read ({type(error).__name__})")
             continue
         if not report:
-            bad.finding = "its text is empty"
-            yield bad
+            yield BadRow(str(file), number, "its text is empty")
             continue
         yield Item(
             id=f"m3d-cap-{split}-{number}",

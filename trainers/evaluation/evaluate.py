@@ -37,7 +37,7 @@ from accelerate import PartialState
 from ct_moe import DataError
 
 from ..data_sets.catalogue import DATA_SETS, find_data_set, read_items
-from ..data_sets.ct_rate import read_labels
+from ..data_sets.ct_rate import labels_file, read_labels
 from ..data_sets.item import BadRow, Item
 from ..data_sets.own import are_choices
 from ..phantoms.controls import blind
@@ -296,14 +296,9 @@ def _own_item(file: Path, line: int, row: dict[str, Any]) -> Item:
 
 def _labels(data: str | None, root, split: str | None) -> dict[str, list[int]] | None:
     """True abnormalities by item id, where the data set has them and they were downloaded."""
-    if data != "ct-rate":
+    if data != "ct-rate" or not labels_file(Path(root), split).is_file():
         return None
-    try:
-        labels = read_labels(Path(root), split)
-    except DataError as error:
-        if "no such file" in error.finding:
-            return None
-        raise
+    labels = read_labels(Path(root), split)
     return {f"ct-rate-{name.removesuffix('.nii.gz')}": values for name, values in labels.items()}
 
 

@@ -74,7 +74,6 @@ def predict(
     batch_size: int = 8,
     max_new_tokens: dict[str, int] | None = None,
     volume_cache: VolumeCache | None = None,
-    bf16: bool = False,
     progress: bool = True,
 ) -> list[Prediction]:
     """Answer all items greedily; the task is left to the prompt, as for any user.
@@ -88,7 +87,6 @@ def predict(
         batch_size: items that go through the model together.
         max_new_tokens: by task.
         volume_cache: processed scans.
-        bf16: arithmetic in bfloat16, weights as they are.
         progress: whether to show a bar.
 
     Returns:
@@ -121,7 +119,7 @@ def predict(
                 tqdm(total=len(items), initial=answered, desc="answers", unit="row", disable=not shown) as bar,
             ):
                 out.write(json.dumps(header) + "\n")
-                for rows, said in _answers(model, processor, items, mine, limits, change, volume_cache, bf16):
+                for rows, said in _answers(model, processor, items, mine, limits, change, volume_cache):
                     # One write, so that a batch is there or is not.
                     out.write("".join(json.dumps(vars(prediction)) + "\n" for prediction in said))
                     out.flush()
@@ -204,7 +202,7 @@ def _read(
 
 
 def _answers(
-    model, processor, items, batches, limits, change, volume_cache, bf16
+    model, processor, items, batches, limits, change, volume_cache
 ) -> Iterator[tuple[list[Item], list[Prediction]]]:
     collator = CTMoEDataCollator(processor, volume_cache=volume_cache)
     read = lru_cache(maxsize=4)(collator.process)  # many questions are about one scan
@@ -224,7 +222,7 @@ def _answers(
             images = images if change is None else [change(image) for image in images]
             rows.append({"images": images, "prompt": prompt, "id": item.id})
         limit = limits.get(asked[0].task, limits["vqa_open"])
-        answers = generate_answers(model, collator, rows, limit, bf16=bf16) if rows else []
+        answers = generate_answers(model, collator, rows, limit) if rows else []
         said = {
             row["id"]: Prediction(row["id"], answer.text.strip(), groups[answer.task])
             for row, answer in zip(rows, answers)

@@ -97,7 +97,7 @@ def test_m3d_questions_are_asked_closed_and_open(downloads):
     closed, opened = found[:2]
     # "NA" is no choice, but "none" is one; a question may hold commas, quotes and a line break.
     assert closed.prompt == "In which plane is it? Choices: A. axial B. sagittal C. coronal"
-    assert (closed.completion, closed.answer, closed.letter, closed.kind) == ("A. axial", "axial", "A", "plane")
+    assert (closed.completion, closed.answer, closed.kind) == ("A. axial", "axial", "plane")
     assert (opened.prompt, opened.completion) == ("In which plane is it?", "axial")
     assert found[2].completion == "C. none"
     assert found[4].prompt == 'Which "mass", where\nis it? Choices: A. a B. b C. c D. d'
@@ -189,7 +189,7 @@ def test_m3d_takes_nifti_files_where_only_they_are_there(tmp_path):
 def test_own_data_may_be_a_file_a_folder_of_files_or_scans_with_reports(downloads, tmp_path):
     opened, closed = items(downloads, "own")
     assert (opened.id, opened.patient, opened.task) == ("a", "p1", "vqa_open")
-    assert (closed.task, closed.letter, closed.kind) == ("vqa_closed", "B", "side")
+    assert (closed.task, closed.answer, closed.kind) == ("vqa_closed", "right", "side")
     assert [item.id for item in read_items("own", downloads["own"].parent, "train")] == [opened.id, closed.id]
     rows = [["a.nii;b.nii", "Q?", "x", "x|y", "x"], ["a.nii", "Q?", "Long.", "", ""]]
     write_csv(tmp_path / "rows.csv", ["images", "prompt", "completion", "choices", "answer"], *rows)

@@ -16,7 +16,7 @@
 import nibabel as nib
 import numpy as np
 import pytest
-from published import stored_values, write_csv
+from published import stored_values, write_csv, write_version_1
 
 from ct_moe import DataError, VolumeError, load_volume
 from ct_moe.trainers.data_sets.ct_rate import scan_path
@@ -27,24 +27,11 @@ NAME = "valid_7_a_1.nii.gz"
 COLUMNS = ["VolumeName", "RescaleSlope", "RescaleIntercept", "XYSpacing", "ZSpacing"]
 
 
-def write_version_1(root, hu, spacing, intercept=-1024.0, name=NAME):
-    """`hu` (z, y, x) in LPS as version 1 stores it: the scanner's numbers, and a header that says nothing."""
-    parts = name.removesuffix(".nii.gz").split("_")
-    folder = root / "dataset" / "valid" / "_".join(parts[:2]) / "_".join(parts[:3])
-    folder.mkdir(parents=True, exist_ok=True)
-    raw = (hu.transpose(2, 1, 0).astype(np.float64) - intercept).astype(np.float32)
-    nib.save(nib.Nifti1Image(raw, np.eye(4)), folder / name)
-    z, y, x = spacing
-    row = [name, 1, intercept, f"[{x}, {y}]", z]
-    write_csv(root / "dataset" / "metadata" / "validation_metadata.csv", COLUMNS, row)
-    return folder / name
-
-
 @pytest.mark.parametrize("intercept", [-1024.0, -8192.0])
 def test_a_real_scan_comes_back_in_hu_with_its_voxel_size(intercept, test_data, tmp_path):
     real = load_volume(test_data / "totalseg" / "example_ct_sm.nii.gz")
     hu = np.clip(real.hu, -1024, 3000)
-    write_version_1(tmp_path, hu, real.spacing, intercept)
+    write_version_1(tmp_path, NAME, hu, real.spacing, intercept)
     assert fix_scans(tmp_path, "validation", progress=False) == (1, {})
     path = scan_path(tmp_path, NAME)
     fixed = load_volume(path)
@@ -56,7 +43,7 @@ def test_a_real_scan_comes_back_in_hu_with_its_voxel_size(intercept, test_data, 
 
 def test_what_is_there_is_left_alone_and_nothing_is_rescaled_twice(tmp_path):
     hu = np.linspace(-1000, 1500, 8 * 9 * 10).reshape(8, 9, 10).round()
-    source = write_version_1(tmp_path, hu, (2.0, 0.7, 0.7))
+    source = write_version_1(tmp_path, NAME, hu, (2.0, 0.7, 0.7))
     assert fix_scans(tmp_path, "validation", progress=False) == (1, {})
     target = scan_path(tmp_path, NAME)
     before = target.stat().st_mtime_ns
@@ -86,8 +73,8 @@ def test_scans_in_hu_or_with_a_rescaling_are_refused(tmp_path):
 
 def test_what_cannot_be_repaired_is_listed_and_the_others_go_on(tmp_path):
     hu = np.zeros((4, 5, 6))
-    write_version_1(tmp_path, hu, (2.0, 0.7, 0.7), name="valid_8_a_1.nii.gz")
-    broken = write_version_1(tmp_path, hu, (2.0, 0.7, 0.7))
+    write_version_1(tmp_path, "valid_8_a_1.nii.gz", hu, (2.0, 0.7, 0.7))
+    broken = write_version_1(tmp_path, NAME, hu, (2.0, 0.7, 0.7))
     broken.write_bytes(b"no scan")
     rows = [
         ["Doe, Jane", 1, -1024, "[1, 1]", 1],

@@ -33,7 +33,7 @@ from ct_moe.trainers.data_sets.item import BadRow, Item
 from ct_moe.trainers.evaluation import predictions as predictions_module
 from ct_moe.trainers.evaluation.abnormality_labels import label_scores, rule_labels
 from ct_moe.trainers.evaluation.answering import answer_rows
-from ct_moe.trainers.evaluation.baselines import majority
+from ct_moe.trainers.evaluation.baselines import majority, nearest_reports
 from ct_moe.trainers.evaluation.evaluate import evaluate
 from ct_moe.trainers.evaluation.predictions import predict
 from ct_moe.trainers.evaluation.results import format_results
@@ -151,6 +151,23 @@ def test_majority_is_the_usual_answer_of_a_type_in_training(tmp_path):
     write_csv(file, ["id", "prediction"], *[[item.id, "A. B. C. D."] for item in items])
     closed = evaluate(tmp_path / "s.json", data="m3d-vqa", root=root, predictions=file, baselines=[])["closed"]
     assert (closed["metrics"]["m3d"]["mean"], closed["metrics"]["strict"]["mean"]) == (100, 0)
+
+
+def test_the_nearest_scan_lends_its_report():
+    rng = np.random.default_rng(0)
+    scans = {name: rng.random((9, 3, 32, 32), dtype=np.float32) for name in "abc"}
+    scans["like b"] = 2 * scans["b"] + 1 + 0.1 * rng.random((9, 3, 32, 32), dtype=np.float32)  # brighter, with noise
+
+    def item(name, task="report"):
+        return Item(name, [name], "", f"report of {name}", task, "", name, ("", 0))
+
+    train = [item(name) for name in "abc"]
+    asked = [item("like b"), item("like b", "vqa_open"), item("c")]
+
+    def read(path):
+        return {"pixel_values": scans[path]}
+
+    assert nearest_reports(train, asked, read, progress=False) == ["report of b", None, "report of c"]
 
 
 def test_usual_answers_by_hand():
