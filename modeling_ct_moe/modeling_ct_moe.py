@@ -68,6 +68,9 @@ VOLUME_ARGS = r"""
         1 for tokens of the prompt. A row of zeros is a volume without guide: shared group only.
     task_ids (`torch.Tensor` of shape `(num_volumes,)`, *optional*):
         Index into `config.tasks` that sends the volume to that group. -100 leaves the choice to the text.
+    segment_ids (`torch.Tensor` of shape `(batch_size, sequence_length)`, *optional*):
+        Several conversations about the same volumes in one row: 0 for what they share, the volumes foremost, then 1,
+        2, ... for the tokens of each, which see what is shared and their own. With it `position_ids` are required.
     guide (`torch.Tensor` of shape `(num_volumes, guide_size)`, *optional*):
         Embedding of the prompt.
     task_index (`torch.Tensor` of shape `(num_volumes,)`, *optional*):
@@ -1364,6 +1367,27 @@ class CTMoEModel(CTMoEPreTrainedModel):
             )
         return mask.unsqueeze(-1)
 
+    def _segment_mask(
+        self,
+        segment_ids: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        position_ids: torch.Tensor | None,
+        dtype: torch.dtype,
+    ) -> torch.Tensor:
+        """`(batch_size, 1, sequence_length, sequence_length)`: causal, and blind to the other segments."""
+        attention = self.language_model.config._attn_implementation
+        if attention not in ("sdpa", "eager"):
+            raise ModelError("segment_ids", f"cannot be masked in {attention!r}", "Load with attn_implementation sdpa")
+        if position_ids is None:
+            raise ModelError("segment_ids", "given without position_ids", "Count on from the shared part in each")
+        seen = (segment_ids[:, None, :] == 0) | (segment_ids[:, None, :] == segment_ids[:, :, None])
+        if attention_mask is not None:
+            seen &= attention_mask.bool()[:, None, :]
+        seen = seen.tril()[:, None]
+        if attention == "sdpa":
+            return seen
+        return torch.zeros_like(seen, dtype=dtype).masked_fill(~seen, torch.finfo(dtype).min)
+
     @can_return_tuple
     @auto_docstring(custom_args=VOLUME_ARGS)
     def forward(
@@ -1379,6 +1403,7 @@ class CTMoEModel(CTMoEPreTrainedModel):
         task_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
+        segment_ids: torch.LongTensor | None = None,
         past_key_values: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         mm_encoder_outputs: dict[str, CTMoEImageFeatures] | None = None,
@@ -1412,6 +1437,8 @@ class CTMoEModel(CTMoEPreTrainedModel):
             image_hidden_states = torch.cat(features.pooler_output).to(inputs_embeds.device, inputs_embeds.dtype)
             inputs_embeds = inputs_embeds.masked_scatter(mask.to(inputs_embeds.device), image_hidden_states)
 
+        if segment_ids is not None:
+            attention_mask = self._segment_mask(segment_ids, attention_mask, position_ids, inputs_embeds.dtype)
         outputs = self.language_model(
             attention_mask=attention_mask,
             position_ids=position_ids,
@@ -1528,6 +1555,7 @@ class CTMoEForConditionalGeneration(CTMoEPreTrainedModel, GenerationMixin):
         task_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
+        segment_ids: torch.LongTensor | None = None,
         past_key_values: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         labels: torch.LongTensor | None = None,
@@ -1548,6 +1576,7 @@ class CTMoEForConditionalGeneration(CTMoEPreTrainedModel, GenerationMixin):
             task_ids=task_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
+            segment_ids=segment_ids,
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             mm_encoder_outputs=mm_encoder_outputs,

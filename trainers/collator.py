@@ -22,12 +22,13 @@ from typing import Any
 
 import numpy as np
 import torch
-from trl.data_utils import prepare_multimodal_messages
+from trl.data_utils import apply_chat_template, prepare_multimodal_messages
 from trl.trainer.sft_trainer import DataCollatorForVisionLanguageModeling
 
 from ct_moe import CTMoEError, DataError, Volume
 from ct_moe.processing_ct_moe import UNLABELLED, last_user_text
 
+from .packing import append_conversations
 from .volume_cache import VolumeCache
 
 
@@ -41,6 +42,8 @@ class CTMoEDataCollator(DataCollatorForVisionLanguageModeling):
     - **row_tasks** (`torch.LongTensor` of shape `(batch_size,)`): their tasks, -100 for none;
     - **num_volumes** (`int`): the volumes that count in the routing losses;
     - **failed_rows** (`list[dict[str, str]]`): `row` and `error` of rows that were left out.
+
+    Rows of `pack_rows` bring their further conversations, and the batch `position_ids` and `segment_ids`.
 
     Where no row is left, the batch is one with a volume of air, without labels: every process must go through every
     layer.
@@ -79,6 +82,12 @@ class CTMoEDataCollator(DataCollatorForVisionLanguageModeling):
             output |= self.processor.routing_inputs([guides[row] for row in rows], [tasks[row] for row in rows])
         if filled:
             output["labels"][-1] = UNLABELLED
+        if any(example.get("packed") for example in examples):
+            conversations = [
+                [self._encode_conversation(example["images"], other) for other in example.get("packed") or []]
+                for example in examples
+            ]
+            output = append_conversations(output, conversations, self.processor.image_token_id, self._pad_token_id)
         return {
             **output,
             "row_names": names,
@@ -133,6 +142,25 @@ class CTMoEDataCollator(DataCollatorForVisionLanguageModeling):
             return self.volume_cache.read(image)
         return self.processor.image_processor.process_volume(image)
 
+    def _encode_conversation(self, images: list[Any], example: dict[str, Any]) -> tuple[list[int], list[int]]:
+        """Tokens of a packed row behind its scans, and of its answer, as TRL's collator makes them of a row."""
+        text = apply_chat_template(
+            {
+                "prompt": prepare_multimodal_messages(example["prompt"], images=images),
+                "completion": prepare_multimodal_messages(example["completion"]),
+            },
+            self.processor,
+        )
+        asked, said = (
+            self.processor.tokenizer(text[name], add_special_tokens=False)["input_ids"]
+            for name in ("prompt", "completion")
+        )
+        return asked[len(asked) - asked[::-1].index(self.processor.image_token_id) :], said
+
+    @property
+    def _pad_token_id(self) -> int:
+        return self.processor.tokenizer.pad_token_id
+
     def _guide(self, example: dict[str, Any]) -> str | None:
         return last_user_text(example["prompt"], self.processor.image_token)
 
@@ -155,7 +183,8 @@ class CTMoEDataCollator(DataCollatorForVisionLanguageModeling):
 def _row_name(example: dict[str, Any]) -> str:
     """How messages name a row: its number in the source, or its scans."""
     if example.get("row") is not None:
-        return f"row {example['row']}"
+        numbers = [row["row"] for row in (example, *(example.get("packed") or []))]
+        return f"row {numbers[0]}" if len(numbers) == 1 else f"rows {', '.join(map(str, numbers))}"
     return ", ".join(str(image) for image in _images(example) if isinstance(image, str)) or "a row without a number"
 
 

@@ -74,6 +74,9 @@ class StageConfig(CTMoESFTConfig):
             As in `from_pretrained`.
         even_tasks (`bool`, *optional*):
             Whether every task is drawn equally often; smaller ones are repeated.
+        questions_per_scan (`int`, *optional*, defaults to 1):
+            Most rows of one task about the same scans that become one: they share one pass through the vision encoder,
+            by far the larger part of a step, and are routed by the prompt of the first. Batches count such rows.
     """
 
     train_slice_layers: Literal["frozen", "lora", "full"] = "frozen"
@@ -94,9 +97,12 @@ class StageConfig(CTMoESFTConfig):
     quantization: Literal["none", "4bit", "8bit"] = "none"
     attn_implementation: str | None = None
     even_tasks: bool = False
+    questions_per_scan: int = 1
 
     def _unsupported(self):
         yield from super()._unsupported()
+        if self.questions_per_scan < 1:
+            yield "questions_per_scan", f"{self.questions_per_scan}", "Choose 1 or more"
         choices = {f"train_{name}": allowed for name, allowed in TRAINABLE_PARTS.items()}
         choices |= {"dtype": ("float32", "bfloat16", "auto"), "quantization": ("none", "4bit", "8bit")}
         for name, allowed in choices.items():

@@ -40,6 +40,7 @@ from ct_moe import TrainingError
 from ct_moe.hub.folder import load_folder, new_folder, save_folder, write_folder
 
 from .checkpoints import last_checkpoint, remove_incomplete
+from .packing import pack_rows
 from .recipe import StageConfig, TwoStageRecipe
 from .rows import check_tasks, count_tasks, interleave_tasks, load_rows
 from .sft_trainer import CTMoESFTTrainer
@@ -196,6 +197,7 @@ def train_stage(
     elif eval_dataset is not None:
         eval_dataset = check_tasks(eval_dataset, tasks)
     counts = count_tasks(dataset) if isinstance(dataset, Dataset) else None
+    dataset = pack_rows(dataset, stage.questions_per_scan, stage.seed)
     if stage.even_tasks:
         dataset = interleave_tasks(dataset, seed=stage.seed, tasks=tasks)
     network = prepare_stage(network, stage)
