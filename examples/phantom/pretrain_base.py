@@ -58,8 +58,8 @@ VISION = {
     "intermediate_size": 768,
     "num_hidden_layers": 5,  # four are read
     "num_attention_heads": 6,
-    "image_size": 96,
-    "patch_size": 12,
+    "image_size": 128,
+    "patch_size": 16,
 }
 TEXT = {
     "hidden_size": 192,
@@ -76,7 +76,7 @@ def main() -> None:
     parser.add_argument("--data", required=True, type=Path, help="folder written by ct-moe phantom")
     parser.add_argument("--out", required=True, type=Path, help="new folder for the base")
     parser.add_argument("--scans", type=int, default=None, help="use the slices of so many training scans")
-    parser.add_argument("--tower-steps", type=int, default=1800, help="of the tower alone, 64 slices each")
+    parser.add_argument("--tower-steps", type=int, default=3000, help="of the tower alone, 64 slices each")
     parser.add_argument("--steps", type=int, default=1400, help="of the whole base, 32 slices each")
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--seed", type=int, default=0)

@@ -55,6 +55,8 @@ GROWTH_TEXTS = {
     "middle": "towards the middle",
     "constant": "nowhere",
 }
+GROWING = ("consolidation", "aneurysm")  # may widen in one direction
+LEVELLED = ("nodule", "fracture")  # of which a single one is told by its level in the scanned range
 PLANES = ("axial", "sagittal", "coronal", "oblique")
 
 
@@ -80,6 +82,11 @@ def report_text(labels: dict, rng: np.random.Generator, split: str = "train") ->
     for name in FINDINGS:
         if name in found:
             sentences.append(say(_PRESENT[name], **_values(name, found[name])))
+            lesion = found[name][0]
+            if name in GROWING and lesion["growth"] == _measured_growth(lesion["slice_areas"]):
+                sentences.append(say(_GROWTH, direction=GROWTH_TEXTS[lesion["growth"]]))
+            if name in LEVELLED and len(found[name]) == 1 and (level := scan_level(lesion["slice_areas"])):
+                sentences.append(say(_LEVEL, level=level))
         else:
             absent.append(name)
     for organs in (("nodule", "consolidation", "emphysema", "effusion"), ("cardiomegaly", "aneurysm"), FINDINGS[6:]):
@@ -205,7 +212,7 @@ def _ask_between_slices(labels: dict, found: dict, ask, ask_open) -> None:
             ask_open(kind, f"count {name}", number, f"There {verb} {number}.", finding=_PLURALS[name])
         else:
             ask(kind, f"count {name}", "no", NUMBERS, finding=_PLURALS[name])
-    for name in ("nodule", "fracture"):
+    for name in LEVELLED:
         if name in found and len(found[name]) == 1:
             level = scan_level(found[name][0]["slice_areas"])
             if level is not None:
@@ -568,6 +575,19 @@ _PRESENT = {
         ("In {place} there is a vertebral fracture, {loss} % height loss.",),
     ),
 }
+# They follow the sentence of the finding that they are about.
+_GROWTH = (
+    (
+        "It widens {direction}.",
+        "The direction in which it widens: {direction}.",
+        "Along the body it widens {direction}.",
+    ),
+    ("It does widen {direction}.",),
+)
+_LEVEL = (
+    ("It is in the {level} of the scan.", "It lies in the {level} of the scan.", "Level: {level} of the scan."),
+    ("The level of it is the {level} of the scan.",),
+)
 _ABSENT = (
     ("No {finding}.", "There is no {finding}.", "There is no sign of {finding}."),
     ("The scan shows no {finding}.",),

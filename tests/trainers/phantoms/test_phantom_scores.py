@@ -269,6 +269,10 @@ def test_reports_of_all_findings_are_read_back(split):
             lesion = Lesion(
                 side=side, place=place, size_mm=float(size), extent_mm=80.0, amount="small", height_loss=40
             )
+            # Widening or not, at some level: what a report then says of it must not confuse the parser.
+            lesion.growth = str(rng.choice(["head", "feet", "constant"]))
+            areas = {"head": range(10, 60, 6), "feet": range(60, 10, -6), "constant": [30] * 9}[lesion.growth]
+            lesion.slice_areas = [0.0] * int(rng.integers(20)) + [float(area) for area in areas] + [0.0] * 15
             lesions.append(vars(lesion))
         return {"name": name, "lesions": lesions if name in ("nodule", "liver lesion") else lesions[:1]}
 
