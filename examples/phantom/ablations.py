@@ -34,16 +34,20 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from datasets import Dataset, concatenate_datasets
 from pretrain_base import SLICES
 from torch import nn
-from train_demo import SETTINGS, demo_rows, make_model
+from torch.utils.data import SequentialSampler
+from train_demo import SETTINGS, make_model
 from transformers import AutoConfig, LlavaForConditionalGeneration
 
 from ct_moe import CTMoEError, CTMoEForConditionalGeneration, CTMoEProcessor
+from ct_moe.trainers.packing import pack_rows
 from ct_moe.trainers.phantoms.benchmark import evaluate_phantoms
 from ct_moe.trainers.recipe import StageConfig, load_recipe
-from ct_moe.trainers.rows import check_tasks
+from ct_moe.trainers.rows import check_tasks, interleave_tasks, load_rows
 from ct_moe.trainers.sft_trainer import CTMoESFTTrainer
 from ct_moe.trainers.stages import prepare_stage
 from ct_moe.trainers.volume_cache import VolumeCache
@@ -285,22 +289,47 @@ def redraw_added(model: CTMoEForConditionalGeneration, seed: int) -> None:
 
 def train(model, processor, arm: Arm, seed: int, args: argparse.Namespace, folder: Path) -> list[int]:
     """Both stages in memory; returns their steps."""
-    rows = demo_rows(args.data / "train.jsonl")
-    kept = set(sorted({row[0] for row in rows["images"]})[: arm.scans])
+    rows = load_rows(args.data / "train.jsonl")
     if arm.scans is not None:
+        kept = set(sorted({row[0] for row in rows["images"]})[: arm.scans])
         rows = rows.filter(lambda row: row["images"][0] in kept)
-    if arm.groups == "scan":
-        rows = rows.map(lambda row: {"task": TASKS[scan_hash(row["images"][0])]})
-    if not arm.labelled or not model.config.tasks:
-        rows = rows.map(lambda row: {"task": None})
-    rows = check_tasks(rows, list(model.config.tasks))
     stages = stage_configs(model, arm, seed, args, folder)
     for stage in stages:
         prepare_stage(model, stage)
         if arm.task_embedding:
             model.task_embedding.requires_grad_(True)
-        CTMoESFTTrainer(model=model, args=stage, train_dataset=rows, processing_class=processor).train()
+        data = stage_rows(rows, arm, stage, args)
+        if arm.groups == "scan":
+            data = data.map(lambda row: {"task": TASKS[scan_hash(row["images"][0])]})
+        if not arm.labelled or not model.config.tasks:
+            data = data.map(lambda row: {"task": None})
+        data = check_tasks(data, list(model.config.tasks))
+        InOrder(model=model, args=stage, train_dataset=data, processing_class=processor).train()
     return [stage.max_steps for stage in stages]
+
+
+def stage_rows(rows: Dataset, arm: Arm, stage: StageConfig, args: argparse.Namespace) -> Dataset:
+    """The rows of every step, in order. All arms see the same: packed by task as in stage 1, then as in stage 2."""
+    recipe = load_recipe(RECIPE)
+    parts = []
+    for number, (half, steps) in enumerate(zip((recipe.stage1, recipe.stage2), args.steps), 1):
+        if arm.two_stages and not isinstance(stage, type(half)):
+            continue
+        packed = pack_rows(rows, half.questions_per_scan, stage.seed)
+        if half.even_tasks:
+            packed = interleave_tasks(packed, stage.seed)
+        rng = np.random.default_rng([stage.seed, number])
+        needed = steps * stage.per_device_train_batch_size
+        passes = [rng.permutation(len(packed)) for _ in range(-(-needed // len(packed)))]
+        parts.append(packed.select(np.concatenate(passes)[:needed]))
+    return concatenate_datasets(parts)
+
+
+class InOrder(CTMoESFTTrainer):
+    """Takes the rows as they come: they are in random order already."""
+
+    def _get_train_sampler(self, *args, **kwargs):
+        return SequentialSampler(self.train_dataset)
 
 
 def stage_configs(model, arm: Arm, seed: int, args: argparse.Namespace, folder: Path) -> list[StageConfig]:

@@ -13,7 +13,7 @@
 # limitations under the License.
 """Pretrain a small 2D base on single slices of phantoms with captions and questions: what CT-MoE then converts.
 
-    ct-moe phantom phantoms --n 1600
+    ct-moe phantom phantoms --n 3200
     python examples/phantom/pretrain_base.py --data phantoms --out phantom-base
 
 The base is a LLaVA (CLIP tower, MLP projector, Llama) in the library's own format, made as real ones are: the tower
@@ -191,7 +191,7 @@ class SliceTexts(Dataset):
     def __init__(self, data: Path, scans: int | None, seed: int):
         labels = data / "train_labels.jsonl"
         if not labels.is_file():
-            raise DataError(str(labels), "is not there", "Write phantoms first: ct-moe phantom OUT --n 1600")
+            raise DataError(str(labels), "is not there", "Write phantoms first: ct-moe phantom OUT --n 3200")
         with labels.open(encoding="utf-8") as file:
             self.labels = [json.loads(line) for line, _ in zip(file, range(scans or 10**9))]
         self.seed, self.processor = seed, None

@@ -13,7 +13,7 @@
 # limitations under the License.
 """Train the demo model: convert the pretrained base, run both stages of recipe.yaml, write bfloat16 weights.
 
-    ct-moe phantom phantoms --n 1600 --validation 100 --test 320
+    ct-moe phantom phantoms --n 3200 --validation 100 --test 320
     python examples/phantom/pretrain_base.py --data phantoms --out phantom-base
     python examples/phantom/train_demo.py --data phantoms --base phantom-base --out demo_model
 
@@ -27,7 +27,6 @@ import os
 import sys
 from pathlib import Path
 
-from datasets import Dataset
 from pretrain_base import SLICES
 
 import ct_moe
@@ -35,7 +34,6 @@ from ct_moe import CTMoEError
 from ct_moe.hub.conversion import convert_base
 from ct_moe.hub.folder import load_folder, new_folder, write_folder
 from ct_moe.trainers.recipe import load_recipe
-from ct_moe.trainers.rows import load_rows
 from ct_moe.trainers.two_stage import train_two_stage
 
 
@@ -55,21 +53,17 @@ def main() -> None:
         model = args.work / "converted"
         if not model.exists():
             make_model(args.base, model, **SETTINGS)
-        rows = args.data / "train.jsonl"
-        places = {"model": model, "train_data": rows, "output_dir": args.work, "volume_cache": args.data / "slices"}
+        places = {
+            "model": model,
+            "train_data": args.data / "train.jsonl",
+            "output_dir": args.work,
+            "volume_cache": args.data / "slices",
+        }
         recipe = load_recipe(args.recipe, [f"{name}={json.dumps(str(place))}" for name, place in places.items()])
-        save_small(train_two_stage(dataset=demo_rows(rows), recipe=recipe), args.out)
+        save_small(train_two_stage(recipe=recipe), args.out)
     except CTMoEError as error:
         sys.exit(f"train_demo: error: {error}")
     print(f"Wrote {args.out}. Measure it: python examples/phantom/evaluate.py --model {args.out} --data {args.data}")
-
-
-def demo_rows(file: Path) -> Dataset:
-    """The rows of the training split, with reports and what no slice answers alone twice."""
-    rows = load_rows(file)
-    with file.open(encoding="utf-8") as lines:
-        kinds = [json.loads(line)["kind"] for line in lines]
-    return rows.select([*range(len(kinds)), *(i for i, k in enumerate(kinds) if k in ("report", "between_slices"))])
 
 
 def make_model(base: Path, folder: Path, **settings) -> None:
