@@ -19,6 +19,7 @@
 - `read_image_settings`, `read_chat_template`: what its processor would add to its tokenizer.
 """
 
+import difflib
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, fields
@@ -30,12 +31,12 @@ import torch
 from huggingface_hub.errors import HFValidationError, StrictDataclassError
 from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError, safe_open
-from transformers import LlavaConfig
+from transformers import AutoConfig, PreTrainedConfig
 from transformers.activations import ACT2FN
 
 from ct_moe import ConversionError
 
-from .tensor_mapping import SUPPORTED, TEXT_TYPES, TOWERS
+from .families import FAMILIES, TOWERS, Family
 
 
 _DTYPES = {
@@ -53,7 +54,11 @@ class Base(NamedTuple):
     name: str
     commit: str | None
     folder: Path
-    config: LlavaConfig
+    config: PreTrainedConfig
+
+    @property
+    def family(self) -> Family:
+        return FAMILIES[self.config.model_type]
 
 
 @dataclass(frozen=True)
@@ -215,37 +220,47 @@ def _download(repo_id: str | Path, revision: str | None, patterns: list[str]) ->
         ) from error
 
 
-def _read_config(base: str | Path, folder: Path) -> LlavaConfig:
+def _read_config(base: str | Path, folder: Path) -> PreTrainedConfig:
     path, raw = folder / "config.json", read_config_json(base, folder)
     # Looked up before the library reads them: it knows no more than the name of a model type it does not have.
-    kinds = {
-        "model_type": (raw.get("model_type"), ["llava"]),
-        "vision tower": (_part(path, raw, "vision_config").get("model_type", "clip_vision_model"), list(TOWERS)),
-        "language model": (_part(path, raw, "text_config").get("model_type", "llama"), TEXT_TYPES),
-        "vision_feature_select_strategy": (raw.get("vision_feature_select_strategy", "default"), ["default"]),
-    }
-    for name, (found, supported) in kinds.items():
-        if found not in supported:
-            raise ConversionError(base, f"{name} {found!r} is not supported", f"Supported: {SUPPORTED}")
-    feature_layer = raw.get("vision_feature_layer", -2)
-    if type(feature_layer) is not int:
+    kind = raw.get("model_type")
+    family = FAMILIES.get(kind)
+    if family is None:
+        near = [FAMILIES[name].name for name in difflib.get_close_matches(str(kind), FAMILIES, 1, 0.4)]
         raise ConversionError(
-            base, f"vision_feature_layer {feature_layer} is not supported", f"Supported: {SUPPORTED}"
+            base,
+            f"model_type {kind!r} is not supported",
+            "".join(f"The nearest that is: {name}. " for name in near)
+            + f"Supported: {'; '.join(family.name for family in FAMILIES.values())}",
         )
+    supported = f"Supported of {family.name}: {' or '.join(family.towers)} with {' or '.join(family.text_types)}"
+    parts = {
+        "vision tower": ("vision_config", family.towers),
+        "language model": ("text_config", family.text_types),
+    }
+    found = {name: _part(path, raw, part).get("model_type") for name, (part, _) in parts.items()}
+    refused = [(name, found[name]) for name, (_, known) in parts.items() if found[name] not in (None, *known)]
+    for name, value in [*refused, *family.refuse(raw)]:
+        shown = repr(value) if isinstance(value, str) else value
+        raise ConversionError(base, f"{name} {shown} is not supported", supported)
     if "quantization_config" in raw:
         raise ConversionError(base, "quantised weights are not supported", "Name the unquantised model")
     try:
-        config = LlavaConfig.from_pretrained(folder)
+        config = AutoConfig.from_pretrained(folder)
     except (StrictDataclassError, ValueError, TypeError, KeyError) as error:
-        raise ConversionError(path, f"not a LLaVA config: {one_line(error)}", "Download the base again") from error
-    for act in (config.projector_hidden_act, config.vision_config.hidden_act, config.text_config.hidden_act):
-        if act not in ACT2FN:
+        raise ConversionError(path, f"not a {kind} config: {one_line(error)}", "Download the base again") from error
+    finding = TOWERS[config.vision_config.model_type].refuse(config.vision_config)
+    if finding is not None:
+        raise ConversionError(base, f"a vision tower with {finding} is not supported", supported)
+    texts = config.text_config
+    acts = [getattr(part, "hidden_act", None) for part in (config.vision_config, texts)]
+    for act in [getattr(config, "projector_hidden_act", None), *acts]:
+        if act is not None and act not in ACT2FN:
             raise ConversionError(path, f"unknown activation {act!r}", "Download the base again")
-    vocab_size = config.text_config.vocab_size
-    if not 0 <= config.image_token_id < vocab_size:
+    if not 0 <= config.image_token_id < texts.vocab_size:
         raise ConversionError(
             path,
-            f"image_token_index {config.image_token_id} is outside of the vocabulary of {vocab_size}",
+            f"image_token_index {config.image_token_id} is outside of the vocabulary of {texts.vocab_size}",
             "Name a base whose embeddings include its image token",
         )
     return config

@@ -13,10 +13,8 @@
 # limitations under the License.
 """A 2D multimodal base becomes a CT-MoE model: every tensor accounted for, equality measured on the spot.
 
-- `convert_base`: a folder or Hub id of a LLaVA-style base -> a folder that every Auto class loads.
+- `convert_base`: a folder or Hub id of a base of one of `families.FAMILIES` -> a folder that every Auto class loads.
 - `ConversionReport`: what was reused, what the base itself never reads, what was added, and the measured parity.
-
-Which bases: `tensor_mapping.SUPPORTED`.
 
 Nothing is unpickled (weights are safetensors only), and weights stay memory-mapped files until they are written.
 """
@@ -25,7 +23,7 @@ import json
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from functools import reduce
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -35,7 +33,7 @@ import transformers
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import safe_open
 from tqdm.auto import tqdm
-from transformers import AutoTokenizer, GenerationConfig, LlavaConfig, LlavaForConditionalGeneration, PreTrainedConfig
+from transformers import AutoModelForImageTextToText, AutoTokenizer, GenerationConfig, PreTrainedConfig
 from transformers.utils import logging
 
 import ct_moe
@@ -47,7 +45,7 @@ from ct_moe import (
     CTMoEProcessor,
     CTMoEVisionConfig,
 )
-from ct_moe.configuration_ct_moe import med_2e3, paper_like
+from ct_moe.configuration_ct_moe import med_2e3, num_visual_tokens, paper_like
 
 from .base_model import (
     Base,
@@ -61,8 +59,9 @@ from .base_model import (
     read_json,
 )
 from .chat_template import fit_chat_template
+from .families import TOWERS
 from .folder import new_folder, write_folder
-from .tensor_mapping import TOWERS, TensorPlan, plan_tensors
+from .tensor_mapping import TensorPlan, change, plan_tensors
 from .volume_encoder import VolumeEncoderReport, add_encoder_config, open_volume_encoder, read_volume_encoder
 
 
@@ -80,6 +79,19 @@ IMAGE_SETTINGS = (
 )
 
 
+# Of the base, whether its family names them or not.
+_PROJECTOR = {
+    "projector_hidden_act",
+    "multimodal_projector_bias",
+    "projector_layers",
+    "projector_norm",
+    "projector_norm_eps",
+    "merge_size",
+    "merge_mode",
+    "end_token",
+    "image_attention",
+    "first_position",
+}
 PARITY_LIMIT = 1e-5  # largest absolute difference of two float32 logits, design section 2.2
 _SEED = 0  # of the added parameters: converting twice gives identical files
 
@@ -106,6 +118,8 @@ class ConversionReport:
         reused: tensors of the base that are tensors of the converted model.
         unread: tensors of the base that its own forward never reads.
         unread_names: each of them with the reason.
+        reused_names: the others, with their names in the converted model.
+        changes: of them, how those are turned that the base stores otherwise.
         added: parameters the base does not have.
         added_names: their names, by the part of the model they belong to.
         volume_encoder: what became of the weights of a second, 3D encoder, None without them.
@@ -121,6 +135,8 @@ class ConversionReport:
     reused: TensorCount
     unread: TensorCount
     unread_names: dict[str, str]
+    reused_names: dict[str, str]
+    changes: dict[str, str]
     added: TensorCount
     added_names: dict[str, list[str]]
     volume_encoder: VolumeEncoderReport | None
@@ -220,7 +236,7 @@ def convert_base(
             ct_moe_overrides = add_encoder_config(ct_moe_overrides, encoder)
         image_settings = {name: value for name, value in ct_moe_overrides.items() if name in IMAGE_SETTINGS}
         rest = {name: value for name, value in ct_moe_overrides.items() if name not in IMAGE_SETTINGS}
-        config = _make_config(source.config, rest)
+        config = _make_config(source, rest)
         processor, template_note = _make_processor(source, config, chat_template, image_settings)
 
         step("mapping tensors")
@@ -248,7 +264,7 @@ def convert_base(
         if parity:
             step("running the base")
             inputs = _parity_inputs(config)
-            expected = _run_base(source.folder, dtype, inputs)
+            expected = _run_base(source, dtype, inputs)
             step("running the converted model")
             measured = _compare(_run_converted(folder, inputs), expected)
 
@@ -264,6 +280,8 @@ def convert_base(
             reused=_total(tensors[key].count for key in plan.reused),
             unread=_total(tensors[key].count for key in plan.unread),
             unread_names=plan.unread,
+            reused_names=plan.reused,
+            changes=plan.changes,
             added=_total(added.values()),
             added_names=plan.added,
             volume_encoder=encoder_report,
@@ -279,21 +297,21 @@ def convert_base(
     return report
 
 
-def _make_config(base: LlavaConfig, overrides: dict[str, Any]) -> CTMoEConfig:
+def _make_config(source: Base, overrides: dict[str, Any]) -> CTMoEConfig:
+    base, family = source.config, source.family
     tower = TOWERS[base.vision_config.model_type]
-    vision = {name: getattr(base.vision_config, name) for name in tower.fields} | tower.constants
-    vision["feature_layer"] = base.vision_feature_layer
+    vision = {name: getattr(base.vision_config, theirs) for name, theirs in tower.fields.items()} | tower.constants
+    vision |= tower.settings(base.vision_config) | family.vision(base)
     top = {
         "text_config": base.text_config,
         "image_token_id": base.image_token_id,
-        "projector_hidden_act": base.projector_hidden_act,
-        "multimodal_projector_bias": base.multimodal_projector_bias,
         "tie_word_embeddings": base.tie_word_embeddings,
+        **family.settings(base),
     }
     general = {field.name for field in fields(PreTrainedConfig)}
     free_vision = {field.name for field in fields(CTMoEVisionConfig)} - general - vision.keys() - {"num_tasks"}
     free_top = {field.name for field in fields(CTMoEConfig)} - general - top.keys() - {"vision_config"}
-    free_top -= {"format_version"}
+    free_top -= {"format_version", *_PROJECTOR}
     for name, value in overrides.items():
         if name not in free_vision | free_top:
             raise ConversionError(
@@ -329,8 +347,13 @@ def _make_processor(
     if tokenizer.pad_token is None:
         tokenizer.pad_token = tokenizer.eos_token  # batches need one; padding is masked, whichever token it is
     template = chat_template or read_chat_template(source) or tokenizer.chat_template
+    written, meant = source.family.image_text(image_token)
+    if template is None:
+        template, owner = source.family.chat_template, "the family"
+    else:
+        template, owner = template if chat_template else _write_images(template, written, meant), "the base"
     template, change = fit_chat_template(template, tokenizer, image_token)
-    note = f"{'the caller' if chat_template else 'the base'}'s own{change}"
+    note = f"{'the caller' if chat_template else owner}'s own{change}"
     image_settings = read_image_settings(source)
     size = config.vision_config.image_size
     if config.volume_encoder_config is not None:
@@ -353,8 +376,15 @@ def _make_processor(
         tasks=config.tasks,
         slice_scoring=config.slice_scoring,
         volume_cell=config.volume_cell,
+        merge_size=config.merge_size,
+        end_token=config.end_token,
     )
     return processor, note
+
+
+def _write_images(template: str, written: str, meant: str) -> str:
+    """A base's template with what its processor makes of an image in place of what the template writes for one."""
+    return template.replace(written, meant.replace("\n", "\\n")) if meant != written else template
 
 
 def _check_tied(plan: TensorPlan, tensors: dict[str, FileTensor]) -> None:
@@ -378,7 +408,7 @@ def _check_tied(plan: TensorPlan, tensors: dict[str, FileTensor]) -> None:
 def _without(plan: TensorPlan, filled: dict[str, torch.Tensor]) -> TensorPlan:
     """The plan with fewer added parameters: those that another model's weights fill."""
     added = {group: [name for name in names if name not in filled] for group, names in plan.added.items()}
-    return plan._replace(added={group: names for group, names in added.items() if names})
+    return replace(plan, added={group: names for group, names in added.items() if names})
 
 
 def _build_model(
@@ -395,7 +425,8 @@ def _build_model(
         with safe_open(file, "pt") as weights:
             for key in weights.keys():
                 if key in plan.reused:
-                    state_dict[plan.reused[key]] = weights.get_tensor(key)
+                    tensor = weights.get_tensor(key)
+                    state_dict[plan.reused[key]] = change(tensor, plan.changes.get(key, ""))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(_SEED)
         return CTMoEForConditionalGeneration.from_pretrained(None, config=config, state_dict=state_dict, dtype=dtype)
@@ -430,7 +461,7 @@ def _parity_inputs(config: CTMoEConfig) -> _ParityInputs:
         ids = torch.randint(config.text_config.vocab_size - 1, (1, number), generator=generator)
         return ids + (ids >= config.image_token_id)  # every token but the placeholder
 
-    placeholders = torch.full((1, vision.grid_size**2), config.image_token_id)
+    placeholders = torch.full((1, _num_slice_tokens(config)), config.image_token_id)
     return _ParityInputs(
         input_ids=torch.cat([tokens(5), placeholders, tokens(11)], dim=1),
         pixel_values=torch.randn(1, vision.num_channels, vision.image_size, vision.image_size, generator=generator),
@@ -439,11 +470,18 @@ def _parity_inputs(config: CTMoEConfig) -> _ParityInputs:
     )
 
 
+def _num_slice_tokens(config: CTMoEConfig) -> int:
+    """Visual tokens of one slice, as the base has them: not pooled, none of TG-IS."""
+    grid = config.vision_config.grid_size
+    return num_visual_tokens((1, grid, grid), (1, 1, 1), "none", None, config.merge_size, config.end_token)
+
+
 @torch.no_grad()
-def _run_base(folder: Path, dtype: torch.dtype, inputs: _ParityInputs) -> torch.Tensor:
+def _run_base(source: Base, dtype: torch.dtype, inputs: _ParityInputs) -> torch.Tensor:
     # Rounded to the dtype of the converted weights first: what is compared is what is computed with equal weights.
-    model = LlavaForConditionalGeneration.from_pretrained(folder, dtype=dtype).float()
-    return model(input_ids=inputs.input_ids, pixel_values=inputs.pixel_values).logits
+    model = AutoModelForImageTextToText.from_pretrained(source.folder, dtype=dtype).float()
+    image = source.family.base_inputs(inputs.pixel_values, inputs.input_ids, source.config)
+    return model(input_ids=inputs.input_ids, **image).logits
 
 
 @torch.no_grad()

@@ -11,36 +11,32 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Which tensor of a base's files becomes which tensor of CT-MoE: the tables, and the proof that nothing is left over.
+"""Which tensor of a base's files becomes which tensor of CT-MoE, and the proof that nothing is left over.
 
-- `TOWERS`: per kind of vision tower, the names of its tensors and the fields of its config.
 - `plan_tensors`: every tensor of both sides accounted for, or an error that names the first that is not.
+- `change`, `change_back`: how a tensor that is stored otherwise is turned, exactly.
 """
 
 import re
-from typing import Any, NamedTuple
+from dataclasses import dataclass, field
 
 import torch
-from transformers import LlavaConfig
+from transformers import PreTrainedConfig
 
 from ct_moe import ConversionError, CTMoEConfig, CTMoEForConditionalGeneration
 
+from .families import FAMILIES, TOWERS
+from .families.family import Rule
 
-SUPPORTED = (
-    "LLaVA bases (model_type llava) with a CLIP tower (clip_vision_model), one vision feature layer, the select "
-    'strategy "default", an MLP projector and a phi3 or llama language model'
-)
-TEXT_TYPES = ["phi3", "llama"]
 
-# Names of a base's tensors in its files -> names in CT-MoE. Patterns match whole names and cover every layout:
-# the original one, which the library writes to this day (`language_model.model.`), that of its own modules
-# (`model.language_model.`), and both with and without the `vision_model` that CLIP towers once had inside.
+# Patterns match whole names and cover every layout: the original one, which the library writes to this day
+# (`language_model.model.`), that of its own modules (`model.language_model.`), and both with and without the
+# `vision_model` that towers once had inside.
 _TOWER = r"(?:model\.)?vision_tower\.(?:vision_model\.)?"
-_LLAVA_RULES = [
-    (r"(?:language_model\.)?(lm_head\.weight)", r"\1"),
-    (r"language_model\.model\.(.+)", r"model.language_model.\1"),
-    (r"model\.language_model\.(.+)", r"model.language_model.\1"),
-    (r"(?:model\.)?(multi_modal_projector\..+)", r"model.\1"),
+_TEXT_RULES = [
+    Rule(r"(?:language_model\.)?(lm_head\.weight)", r"\1"),
+    Rule(r"language_model\.model\.(.+)", r"model.language_model.\1"),
+    Rule(r"model\.language_model\.(.+)", r"model.language_model.\1"),
 ]
 _BUFFER_RULES = [
     (r".*\.position_ids", "a buffer, computed anew"),
@@ -59,84 +55,54 @@ _ADDED_RULES = [
 ]
 
 
-class Tower(NamedTuple):
-    """How one kind of vision tower is converted.
+@dataclass(frozen=True)
+class TensorPlan:
+    """Each tensor of the files is in `reused` or `unread`, each of CT-MoE in `reused` or `added`.
 
-    rules: names in its files -> names in CT-MoE; unread: names its base's forward never reads -> the reason; fields:
-    what `CTMoEVisionConfig` takes over under the same name; constants: what all towers of the kind share.
-    """
-
-    rules: list[tuple[str, str]]
-    unread: list[tuple[str, str]]
-    fields: list[str]
-    constants: dict[str, Any]
-
-
-TOWERS = {
-    "clip_vision_model": Tower(
-        rules=[
-            (_TOWER + r"embeddings\.(.+)", r"model.vision_tower.embeddings.\1"),
-            (_TOWER + r"pre_layrnorm\.(.+)", r"model.vision_tower.pre_layernorm.\1"),  # the library's spelling
-            (_TOWER + r"encoder\.layers\.(.+)", r"model.vision_tower.layers.\1"),
-        ],
-        unread=[(_TOWER + r"post_layernorm\..+", "post-layernorm: LLaVA reads features before it")],
-        fields=[
-            "hidden_size",
-            "intermediate_size",
-            "num_hidden_layers",
-            "num_attention_heads",
-            "num_channels",
-            "image_size",
-            "patch_size",
-            "hidden_act",
-            "layer_norm_eps",
-            "attention_dropout",
-            "initializer_range",
-        ],
-        constants={
-            "class_token": True,
-            "patch_bias": False,
-            "pre_layernorm": True,
-            "post_layernorm": False,
-            "attention_bias": True,
-            "norm_type": "layer_norm",
-            "qk_norm": False,
-            "use_layer_scale": False,
-        },
-    ),
-}
-
-
-class TensorPlan(NamedTuple):
-    """reused: names in the files -> names in CT-MoE; unread: names in the files -> the reason; added: names in CT-MoE
-    by the part of the model. Each tensor of the files is in one of the first two, each of CT-MoE in the first or last.
+    Attributes:
+        reused: names in the files -> names in CT-MoE.
+        unread: names in the files -> the reason.
+        added: names in CT-MoE by the part of the model.
+        changes: names in the files -> how they are stored otherwise.
     """
 
     reused: dict[str, str]
     unread: dict[str, str]
     added: dict[str, list[str]]
+    changes: dict[str, str] = field(default_factory=dict)
 
 
-def plan_tensors(shapes: dict[str, tuple[int, ...]], config: CTMoEConfig, base: LlavaConfig) -> TensorPlan:
+def plan_tensors(shapes: dict[str, tuple[int, ...]], config: CTMoEConfig, base: PreTrainedConfig) -> TensorPlan:
     """Which tensor goes where; every one of both sides is accounted for, or the conversion ends here."""
     with torch.device("meta"):
         targets = {
             key: tuple(tensor.shape) for key, tensor in CTMoEForConditionalGeneration(config).state_dict().items()
         }
-    tower = TOWERS[base.vision_config.model_type]
+    family, tower = FAMILIES[base.model_type], TOWERS[base.vision_config.model_type]
+    tower_rules = [
+        Rule(_TOWER + rule.pattern, f"model.vision_tower.{rule.target}", rule.change) for rule in tower.rules
+    ]
+    rules = [*tower_rules, *family.rules, *_TEXT_RULES]
+    never_read = [*((_TOWER + pattern, reason) for pattern, reason in tower.unread), *family.unread]
     tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
-    reused, unread = {}, {}
+    reused, unread, changes = {}, {}, {}
     for key, shape in shapes.items():
-        target = _first_match(tower.rules + _LLAVA_RULES, key)
-        reason = _first_match(tower.unread + _BUFFER_RULES, key) or _above_feature_layer(target, config)
+        target, how = _place(rules, key)
+        reason = _first_match(_BUFFER_RULES, key) or _above_feature_layer(target, config)
+        if reason is None and target not in targets:
+            reason = _first_match(never_read, key)
         if reason is None and target in tied:
             reason = "tied: the base reads its input embeddings in its place"
         if reason is not None:
             unread[key] = reason
             continue
         if target not in targets:
-            raise ConversionError(key, "a tensor of the base that fits nowhere in CT-MoE", f"Supported: {SUPPORTED}")
-        if shape != targets[target]:
+            raise ConversionError(
+                key,
+                f"a tensor of the base that fits nowhere in CT-MoE, as {family.name} is known here",
+                "Name a base of the published form",
+            )
+        if _changed_shape(shape, how) != targets[target]:
             raise ConversionError(
                 key,
                 f"shape {list(shape)} in the base's files, {list(targets[target])} by its config ({target})",
@@ -145,6 +111,8 @@ def plan_tensors(shapes: dict[str, tuple[int, ...]], config: CTMoEConfig, base: 
         if target in reused.values():
             raise ConversionError(key, f"a second tensor of the base for {target}", "Remove one of the two layouts")
         reused[key] = target
+        if how:
+            changes[key] = how
 
     filled = set(reused.values())
     added = {}
@@ -157,7 +125,36 @@ def plan_tensors(shapes: dict[str, tuple[int, ...]], config: CTMoEConfig, base: 
                 target, "no tensor of the base's files fills it", "The base is incomplete: download it again"
             )
         added.setdefault(group, []).append(target)
-    return TensorPlan(reused, unread, added)
+    return TensorPlan(reused, unread, added, changes)
+
+
+def change(tensor: torch.Tensor, how: str) -> torch.Tensor:
+    """A tensor of a base's files as CT-MoE stores it."""
+    if how == "transpose":
+        return tensor.t().contiguous()
+    return tensor.reshape(_changed_shape(tuple(tensor.shape), how)) if how else tensor
+
+
+def change_back(tensor: torch.Tensor, how: str, shape: tuple[int, ...]) -> torch.Tensor:
+    """The inverse of `change`, for a tensor of `shape` in the base's files."""
+    return tensor.t().contiguous() if how == "transpose" else tensor.reshape(shape)
+
+
+def _changed_shape(shape: tuple[int, ...], how: str) -> tuple[int, ...]:
+    if how == "transpose":
+        return shape[::-1]
+    if how == "squeeze":
+        while len(shape) > 1 and shape[0] == 1:
+            shape = shape[1:]
+    return shape
+
+
+def _place(rules: list[Rule], key: str) -> tuple[str | None, str]:
+    for rule in rules:
+        match = re.fullmatch(rule.pattern, key)
+        if match:
+            return match.expand(rule.target), rule.change
+    return None, ""
 
 
 def _first_match(rules: list[tuple[str, str]], key: str) -> str | None:

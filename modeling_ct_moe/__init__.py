@@ -32,6 +32,7 @@ _LIGHT_MODULES = {
         "DataError",
         "ModelError",
         "PromptError",
+        "PublishError",
         "TrainingError",
         "VolumeError",
     ],

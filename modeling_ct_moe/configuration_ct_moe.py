@@ -329,6 +329,24 @@ class CTMoEConfig(PreTrainedConfig):
         The base's own image placeholder token; every visual token takes the place of one.
     multimodal_projector_bias (`bool`, *optional*, defaults to `True`):
         Whether the base's projector has biases.
+    projector_layers (`int`, *optional*, defaults to 2):
+        Linear layers of the projector: 2 with `projector_hidden_act` between them, or 1 (Gemma 3, PaliGemma).
+    projector_norm (`str`, *optional*, defaults to `"none"`):
+        Norm before the projector: `"layer_norm"` (InternVL) or `"offset_rms_norm"`, whose scale is 1 + its weight
+        (Gemma 3).
+    projector_norm_eps (`float`, *optional*, defaults to 1e-5):
+        Of that norm.
+    merge_size (`int`, *optional*, defaults to 1):
+        The base makes one visual token of `merge_size` x `merge_size` patches of a slice, before the projector.
+    merge_mode (`str`, *optional*, defaults to `"mean"`):
+        How: `"mean"` (Gemma 3) or `"stack"`, row by row along the channels (pixel shuffle of InternVL).
+    end_token (`bool`, *optional*, defaults to `False`):
+        Whether a learned embedding follows the visual tokens of a volume (`image_newline` of LLaVA-OneVision).
+    image_attention (`str`, *optional*, defaults to `"causal"`):
+        How the language model sees visual tokens: `"causal"`, `"image"` (those of a volume see each other, Gemma 3) or
+        `"prompt"` (everything before the answer sees each other, PaliGemma).
+    first_position (`int`, *optional*, defaults to 0):
+        Position of the first token in the language model (1 in PaliGemma).
     tasks (`list[str]`, *optional*, defaults to `["report", "vqa_closed", "vqa_open"]`):
         Named kinds of request, one expert group each. Empty: the shared group only.
     pool (`list[int]`, *optional*, defaults to `(2, 2, 2)`):
@@ -375,6 +393,14 @@ class CTMoEConfig(PreTrainedConfig):
     image_token_id: int = 32000
     projector_hidden_act: str = "gelu"
     multimodal_projector_bias: bool = True
+    projector_layers: Literal[1, 2] = 2
+    projector_norm: Literal["none", "layer_norm", "offset_rms_norm"] = "none"
+    projector_norm_eps: float = 1e-5
+    merge_size: int = 1
+    merge_mode: Literal["mean", "stack"] = "mean"
+    end_token: bool = False
+    image_attention: Literal["causal", "image", "prompt"] = "causal"
+    first_position: int = 0
     tie_word_embeddings: bool = False
 
     tasks: list[str] | None = None
@@ -408,6 +434,12 @@ class CTMoEConfig(PreTrainedConfig):
             raise ModelError("pool", f"{self.pool} is not three positive numbers", "Use (2, 2, 2), or (1, 1, 1)")
         if min(self.router_balance_coef, self.router_z_coef, self.task_coef) < 0:
             raise ModelError("router_balance_coef, router_z_coef, task_coef", "one is below 0", "Use 0 to turn it off")
+        if self.merge_size < 1 or self.vision_config.grid_size % self.merge_size:
+            raise ModelError(
+                "merge_size",
+                f"{self.merge_size} does not divide the {self.vision_config.grid_size} patches along a side",
+                "Take it from the base",
+            )
         self._check_slice_scoring()
         self.vision_config.num_tasks = len(self.tasks)
         if self.vision_config.moe_layers and not self.vision_config.shared_group and not self.tasks:
@@ -436,7 +468,14 @@ class CTMoEConfig(PreTrainedConfig):
     def num_visual_tokens(self, num_slices: int) -> int:
         """Visual tokens, and so placeholders, of a volume of `num_slices` slices (design section 2.4)."""
         grid = self.vision_config.grid_size
-        return num_visual_tokens((num_slices, grid, grid), self.pool, self.slice_scoring, self.volume_cell)
+        return num_visual_tokens(
+            (num_slices, grid, grid),
+            self.pool,
+            self.slice_scoring,
+            self.volume_cell,
+            self.merge_size,
+            self.end_token,
+        )
 
     def _check_slice_scoring(self) -> None:
         if self.tgis_alpha is None:
@@ -492,11 +531,14 @@ def num_visual_tokens(
     pool: list[int] | tuple[int, ...],
     slice_scoring: str = "none",
     volume_cell: list[int] | None = None,
+    merge_size: int = 1,
+    end_token: bool = False,
 ) -> int:
     """Visual tokens of a volume of (slices, rows, columns) patches, design section 2.4; the rest as in the config."""
-    in_plane = num_pooled_cells(shape[1:], pool[1:])
+    in_plane = num_pooled_cells((shape[1] // merge_size, shape[2] // merge_size), pool[1:])
     slices_per_cell, tokens_per_cell = volume_cell or (pool[0], in_plane)
-    return -(-shape[0] // slices_per_cell) * tokens_per_cell + (in_plane if slice_scoring == "tgis" else 0)
+    weighted = in_plane if slice_scoring == "tgis" else 0
+    return -(-shape[0] // slices_per_cell) * tokens_per_cell + weighted + int(end_token)
 
 
 def num_pooled_cells(shape: tuple[int, ...], pool: list[int] | tuple[int, ...]) -> int:

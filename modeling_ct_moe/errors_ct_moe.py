@@ -55,3 +55,7 @@ class DataError(CTMoEError):
 
 class TrainingError(CTMoEError):
     """A training run that cannot start, go on or be resumed as asked."""
+
+
+class PublishError(CTMoEError):
+    """A folder that must not be published as it is, or a repository that could not be written or read as asked."""

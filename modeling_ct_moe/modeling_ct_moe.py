@@ -31,7 +31,7 @@ from transformers import initialization as init
 from transformers.activations import ACT2FN
 from transformers.cache_utils import Cache
 from transformers.integrations import use_experts_implementation
-from transformers.masking_utils import create_bidirectional_mask
+from transformers.masking_utils import create_bidirectional_mask, create_masks_for_generate
 from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.modeling_outputs import BaseModelOutput, BaseModelOutputWithPast, BaseModelOutputWithPooling
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS, slice_logits_to_keep
@@ -48,6 +48,8 @@ from .routing_ct_moe import routing_losses
 # Which ViT takes which side of these is said where the config declares them.
 # trf-ignore: TRF041 config.qk_norm, config.norm_type, config.use_layer_scale
 # trf-ignore: TRF041 config.pre_layernorm, config.post_layernorm, config.router_jitter
+# trf-ignore: TRF041 config.projector_norm, config.projector_layers, config.merge_mode, config.end_token
+# trf-ignore: TRF041 config.image_attention, config.first_position
 
 
 ADAPTER_PARTS = ("base_layer.", "lora_", "modules_to_save.", "original_module.")  # names that PEFT gives
@@ -71,6 +73,8 @@ VOLUME_ARGS = r"""
     segment_ids (`torch.Tensor` of shape `(batch_size, sequence_length)`, *optional*):
         Several conversations about the same volumes in one row: 0 for what they share, the volumes foremost, then 1,
         2, ... for the tokens of each, which see what is shared and their own. With it `position_ids` are required.
+    token_type_ids (`torch.Tensor` of shape `(batch_size, sequence_length)`, *optional*):
+        0 for the prompt, 1 for the answer, for a base whose prompt sees all of itself; by default all is prompt.
     guide (`torch.Tensor` of shape `(num_volumes, guide_size)`, *optional*):
         Embedding of the prompt.
     task_index (`torch.Tensor` of shape `(num_volumes,)`, *optional*):
@@ -79,13 +83,17 @@ VOLUME_ARGS = r"""
         Factor of the task group's output: 1 in value, with the task router's gradient.
     prefix_hidden_states (`torch.Tensor` of shape `(num_volumes, num_slices, num_tokens, hidden_size)`, *optional*):
         An earlier call's output of that name instead of `pixel_values`: a further question costs the later layers.
+    moe_hidden_states (`torch.Tensor` of shape `(2, num_volumes, num_slices, num_tokens, hidden_size)`, *optional*):
+        An earlier call's output of that name instead of both: the first MoE layer then runs its experts only.
     slice_hidden_states (`torch.Tensor` of shape `(num_volumes, num_slices, num_tokens, hidden_size)`, *optional*):
         Likewise, for a model that scores slices.
     volume_hidden_states (`torch.Tensor` of shape `(num_volumes, depth, rows, columns, hidden_size)`, *optional*):
         Likewise, for a model with a second, 3D encoder.
     output_prefix_hidden_states (`bool`, *optional*, defaults to `False`):
-        Whether to return the hidden states that do not depend on the prompt: those before the first MoE layer and,
-        for TG-IS, before the first volume layer or of whole encoders.
+        Whether to return the hidden states that do not depend on the prompt: those before the first MoE layer, those
+        inside it and, for TG-IS, before the first volume layer or of whole encoders.
+    output_moe_hidden_states (`bool`, *optional*, defaults to `False`):
+        Whether to return those inside the first MoE layer.
     slicewise (`bool`, *optional*, defaults to `False`):
         Whether every layer runs slice by slice, without depth positions and experts, as in the base: the 2D features
         of TG-IS. Then `prefix_hidden_states` are those before the first volume layer.
@@ -108,6 +116,9 @@ class CTMoEVisionOutput(BaseModelOutput):
         See [`CTMoERoutingOutput`].
     prefix_hidden_states (`torch.Tensor` of shape `(num_volumes, num_slices, num_tokens, hidden_size)`, *optional*):
         Output of the last layer before the first MoE layer. It does not depend on the prompt.
+    moe_hidden_states (`torch.Tensor` of shape `(2, num_volumes, num_slices, num_tokens, hidden_size)`, *optional*):
+        Of the first MoE layer, the states after its attention and what its FFN makes of them. Neither depends on the
+        prompt. `None` for a model without MoE layers.
     slice_prefix_hidden_states (`torch.Tensor` of that shape, *optional*):
         Output of the last layer before the first volume layer.
     """
@@ -115,6 +126,7 @@ class CTMoEVisionOutput(BaseModelOutput):
     router_logits: tuple[torch.Tensor] | None = None
     token_mask: torch.Tensor | None = None
     prefix_hidden_states: torch.Tensor | None = None
+    moe_hidden_states: torch.Tensor | None = None
     slice_prefix_hidden_states: torch.Tensor | None = None
 
 
@@ -163,6 +175,8 @@ class CTMoEImageFeatures(BaseModelOutputWithPooling):
         2D features come last.
     prefix_hidden_states (`torch.Tensor`, *optional*):
         See [`CTMoEVisionOutput`].
+    moe_hidden_states (`torch.Tensor`, *optional*):
+        See [`CTMoEVisionOutput`].
     slice_hidden_states (`torch.Tensor` of shape `(num_volumes, num_slices, num_tokens, hidden_size)`, *optional*):
         TG-IS: the 2D features. They do not depend on the prompt.
     volume_hidden_states (`torch.Tensor` of shape `(num_volumes, depth, rows, columns, hidden_size)`, *optional*):
@@ -172,6 +186,7 @@ class CTMoEImageFeatures(BaseModelOutputWithPooling):
     """
 
     prefix_hidden_states: torch.Tensor | None = None
+    moe_hidden_states: torch.Tensor | None = None
     slice_hidden_states: torch.Tensor | None = None
     volume_hidden_states: torch.Tensor | None = None
     routing: CTMoERoutingOutput | None = None
@@ -341,7 +356,8 @@ class CTMoEVisionEmbeddings(nn.Module):
         # Looked up and not read from its weight, so that the hooks of offloading run.
         positions = torch.arange(embeddings.shape[1], device=embeddings.device)
         offset = self.position_embedding(positions) + offset  # (V, N, D)
-        return (embeddings.unflatten(0, (num_volumes, num_slices)) + offset.unsqueeze(1)).flatten(0, 1)
+        embeddings = (embeddings.unflatten(0, (num_volumes, num_slices)) + offset.unsqueeze(1)).flatten(0, 1)
+        return embeddings.contiguous()  # of a convolution, which leaves its channels last
 
 
 class CTMoEVisionAttention(nn.Module):
@@ -553,11 +569,15 @@ class CTMoEVisionLayer(GradientCheckpointingLayer):
         attention_mask: torch.Tensor | None = None,
         position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
         slicewise: bool = False,
+        ffn_output: torch.Tensor | None = None,
+        output_ffn: bool = False,
         **kwargs: Unpack[TransformersKwargs],
-    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+    ) -> tuple[torch.Tensor, torch.Tensor | None, torch.Tensor | None]:
         """`(V * S, N, D)` in and out, and a MoE layer's router logits. Mask and positions are for volume layers.
 
-        With `slicewise` it is the base's layer, whatever it is here.
+        With `output_ffn` also what no prompt steers, `(2, V * S, N, D)`: states after attention and FFN output. Given
+        those as `hidden_states` and `ffn_output`, only the experts run. With `slicewise` it is the base's layer,
+        whatever it is here.
 
         The fields of `CTMoERouting` come one by one: reentrant checkpointing gives a gradient to tensors among the
         positional arguments only.
@@ -570,20 +590,22 @@ class CTMoEVisionLayer(GradientCheckpointingLayer):
         else:
             attention_mask = position_embeddings = None
 
-        residual = hidden_states
-        hidden_states, _ = self.self_attn(
-            self.layer_norm1(hidden_states),
-            attention_mask=attention_mask,
-            position_embeddings=position_embeddings,
-            **kwargs,
-        )
-        if self.layer_scale1 is not None:
-            hidden_states = self.layer_scale1 * hidden_states
-        hidden_states = residual + hidden_states
+        if ffn_output is None:
+            residual = hidden_states
+            hidden_states, _ = self.self_attn(
+                self.layer_norm1(hidden_states),
+                attention_mask=attention_mask,
+                position_embeddings=position_embeddings,
+                **kwargs,
+            )
+            if self.layer_scale1 is not None:
+                hidden_states = self.layer_scale1 * hidden_states
+            hidden_states = residual + hidden_states
 
         residual = hidden_states
         normed = self.layer_norm2(hidden_states)
-        hidden_states = self.mlp(normed)
+        hidden_states = self.mlp(normed) if ffn_output is None else ffn_output.view_as(normed)
+        unsteered = torch.stack([residual, hidden_states]).view(2, *slice_shape) if output_ffn else None
         router_logits = None
         if self.moe is not None and self.moe.is_active and not slicewise and routing.token_index.shape[0] > 0:
             expert_output, router_logits = self.moe(normed, routing)
@@ -592,7 +614,7 @@ class CTMoEVisionLayer(GradientCheckpointingLayer):
         if self.layer_scale2 is not None:
             hidden_states = self.layer_scale2 * hidden_states
         hidden_states = residual + hidden_states
-        return hidden_states.view(slice_shape), router_logits
+        return hidden_states.view(slice_shape), router_logits, unsteered
 
 
 class CTMoEGuideEncoder(nn.Module):
@@ -625,19 +647,42 @@ class CTMoETaskRouter(nn.Linear):
             return nn.functional.linear(guide, self.weight.float(), self.bias.float())
 
 
+class CTMoEOffsetRMSNorm(nn.Module):
+    """RMS norm in float32 whose scale is 1 + its weight, as in Gemma."""
+
+    def __init__(self, hidden_size: int, eps: float):
+        super().__init__()
+        self.eps = eps
+        self.weight = nn.Parameter(torch.empty(hidden_size))
+
+    def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        states = hidden_states.float()
+        states = states * torch.rsqrt(states.pow(2).mean(dim=-1, keepdim=True) + self.eps)
+        return (states * (1 + self.weight.float())).to(hidden_states.dtype)
+
+
 class CTMoEMultiModalProjector(nn.Module):
-    """The base's two-layer projector, or one like it from another encoder of width `hidden_size`."""
+    """The base's projector, or one like it from another encoder of width `hidden_size`: norm, one or two layers."""
 
     def __init__(self, config: CTMoEConfig, hidden_size: int | None = None):
         super().__init__()
-        bias = config.multimodal_projector_bias
-        hidden_size = hidden_size or config.vision_config.hidden_size
-        self.linear_1 = nn.Linear(hidden_size, config.text_config.hidden_size, bias=bias)
-        self.act = ACT2FN[config.projector_hidden_act]
-        self.linear_2 = nn.Linear(config.text_config.hidden_size, config.text_config.hidden_size, bias=bias)
+        bias, text_size = config.multimodal_projector_bias, config.text_config.hidden_size
+        if hidden_size is None:
+            stacked = config.merge_size**2 if config.merge_mode == "stack" else 1
+            hidden_size = config.vision_config.hidden_size * stacked
+        # CODEPATH: InternVL and Gemma 3 have a norm, LLaVA and PaliGemma have none.
+        self.norm = nn.Identity()
+        if config.projector_norm == "layer_norm":
+            self.norm = nn.LayerNorm(hidden_size, eps=config.projector_norm_eps)
+        elif config.projector_norm == "offset_rms_norm":
+            self.norm = CTMoEOffsetRMSNorm(hidden_size, eps=config.projector_norm_eps)
+        self.linear_1 = nn.Linear(hidden_size, text_size, bias=bias)
+        # CODEPATH: Gemma 3 and PaliGemma have one layer.
+        self.act = ACT2FN[config.projector_hidden_act] if config.projector_layers == 2 else nn.Identity()
+        self.linear_2 = nn.Linear(text_size, text_size, bias=bias) if config.projector_layers == 2 else nn.Identity()
 
     def forward(self, image_features: torch.Tensor) -> torch.Tensor:
-        return self.linear_2(self.act(self.linear_1(image_features)))
+        return self.linear_2(self.act(self.linear_1(self.norm(image_features))))
 
 
 class CTMoESliceScoring(nn.Module):
@@ -719,6 +764,11 @@ class CTMoEPreTrainedModel(PreTrainedModel):
             if module.layer_scale1 is not None:
                 init.ones_(module.layer_scale1)
                 init.ones_(module.layer_scale2)
+        elif isinstance(module, CTMoEOffsetRMSNorm):
+            init.zeros_(module.weight)
+        elif isinstance(module, CTMoEModel):
+            if module.end_token is not None:
+                init.normal_(module.end_token, std=std)
         elif isinstance(module, CTMoEGuideEncoder):
             init.normal_(module.query, std=std)
         elif isinstance(module, CTMoESliceScoring):
@@ -772,12 +822,17 @@ class CTMoEVisionModel(CTMoEPreTrainedModel):
         task_index: torch.Tensor | None = None,
         task_gate: torch.Tensor | None = None,
         prefix_hidden_states: torch.Tensor | None = None,
+        moe_hidden_states: torch.Tensor | None = None,
         output_prefix_hidden_states: bool = False,
+        output_moe_hidden_states: bool = False,
         slicewise: bool = False,
         **kwargs: Unpack[TransformersKwargs],
     ) -> CTMoEVisionOutput:
         first_moe_layer = min(self.config.moe_layers, default=self.config.num_read_layers)
         first_volume_layer = min(self.config.volume_layers, default=self.config.num_read_layers)
+        ffn_output = None
+        if moe_hidden_states is not None:
+            prefix_hidden_states, ffn_output = moe_hidden_states[0], moe_hidden_states[1].flatten(0, 1)
         if prefix_hidden_states is None:
             self._check_pixel_values(pixel_values)
             num_volumes, num_slices = pixel_values.shape[:2]
@@ -805,19 +860,26 @@ class CTMoEVisionModel(CTMoEPreTrainedModel):
 
         router_logits = ()
         # Kept only on request: they would stay in memory until the last layer.
-        prefixes = {}
+        prefixes, unsteered = {}, None
         for layer_idx, layer in enumerate(self.layers[first_layer:], start=first_layer):
-            if output_prefix_hidden_states and layer_idx in (first_moe_layer, first_volume_layer):
+            is_before = layer_idx in (first_moe_layer, first_volume_layer) and ffn_output is None
+            if output_prefix_hidden_states and is_before:
                 prefixes[layer_idx] = hidden_states
-            hidden_states, layer_logits = layer(
+            output_ffn = output_moe_hidden_states and layer_idx == first_moe_layer
+            hidden_states, layer_logits, layer_unsteered = layer(
                 hidden_states,
                 num_slices,
                 *routing,
                 attention_mask=attention_mask,
                 position_embeddings=position_embeddings,
                 slicewise=slicewise,
+                ffn_output=ffn_output,
+                output_ffn=output_ffn,
                 **kwargs,
             )
+            ffn_output = None
+            if output_ffn:
+                unsteered = layer_unsteered.unflatten(1, (num_volumes, num_slices))
             if layer_logits is not None:
                 router_logits += (layer_logits,)
         if output_prefix_hidden_states:
@@ -829,6 +891,7 @@ class CTMoEVisionModel(CTMoEPreTrainedModel):
             router_logits=router_logits or None,
             token_mask=routing.token_mask.long(),
             prefix_hidden_states=prefixes.get(first_moe_layer),
+            moe_hidden_states=unsteered,
             slice_prefix_hidden_states=prefixes.get(first_volume_layer),
         )
 
@@ -1028,6 +1091,8 @@ class CTMoEModel(CTMoEPreTrainedModel):
         super().__init__(config)
         self.vision_tower = CTMoEVisionModel._from_config(config.vision_config)
         self.multi_modal_projector = CTMoEMultiModalProjector(config)
+        # CODEPATH: LLaVA-OneVision closes an image with a learned token.
+        self.end_token = nn.Parameter(torch.empty(config.text_config.hidden_size)) if config.end_token else None
         self.language_model = AutoModel.from_config(config.text_config)
         vision_config = config.vision_config
         # CODEPATH: TG-IS is off by default.
@@ -1124,6 +1189,7 @@ class CTMoEModel(CTMoEPreTrainedModel):
         guide_attention_mask: torch.Tensor | None = None,
         task_ids: torch.Tensor | None = None,
         prefix_hidden_states: torch.Tensor | None = None,
+        moe_hidden_states: torch.Tensor | None = None,
         slice_hidden_states: torch.Tensor | None = None,
         volume_hidden_states: torch.Tensor | None = None,
         output_prefix_hidden_states: bool = False,
@@ -1131,8 +1197,9 @@ class CTMoEModel(CTMoEPreTrainedModel):
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple | CTMoEImageFeatures:
         scores_slices = self.config.slice_scoring == "tgis"
-        self._check_encoded(pixel_values, prefix_hidden_states, slice_hidden_states, volume_hidden_states)
-        inputs = pixel_values if prefix_hidden_states is None else prefix_hidden_states
+        inputs = self._check_encoded(
+            pixel_values, prefix_hidden_states, moe_hidden_states, slice_hidden_states, volume_hidden_states
+        )
         self._check_rows(inputs.shape[0], guide_input_ids, guide_attention_mask, task_ids)
         if output_router_logits is None:
             output_router_logits = self.config.output_router_logits
@@ -1156,7 +1223,9 @@ class CTMoEModel(CTMoEPreTrainedModel):
             task_index=task_index,
             task_gate=task_gate,
             prefix_hidden_states=prefix_hidden_states,
+            moe_hidden_states=moe_hidden_states,
             output_prefix_hidden_states=output_prefix_hidden_states or scores_slices,
+            output_moe_hidden_states=output_prefix_hidden_states,
             return_dict=True,
             **kwargs,
         )
@@ -1174,6 +1243,8 @@ class CTMoEModel(CTMoEPreTrainedModel):
             cells, cell_mask = self._pool_tower(outputs.last_hidden_state, slice_mask)
             projected = self.multi_modal_projector(cells[cell_mask])
             visual_tokens = [row.flatten(0, 1) for row in projected.split(cell_mask.sum(dim=1).tolist())]
+        if self.end_token is not None:
+            visual_tokens = [torch.cat([tokens, self.end_token[None].to(tokens.dtype)]) for tokens in visual_tokens]
         losses = {}
         if self.training:
             losses = routing_losses(
@@ -1185,6 +1256,7 @@ class CTMoEModel(CTMoEPreTrainedModel):
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             prefix_hidden_states=outputs.prefix_hidden_states if output_prefix_hidden_states else None,
+            moe_hidden_states=outputs.moe_hidden_states,
             slice_hidden_states=slice_hidden_states if output_prefix_hidden_states else None,
             volume_hidden_states=volume_hidden_states if output_prefix_hidden_states else None,
             routing=CTMoERoutingOutput(
@@ -1201,12 +1273,18 @@ class CTMoEModel(CTMoEPreTrainedModel):
         self,
         pixel_values: torch.Tensor | None,
         prefix_hidden_states: torch.Tensor | None,
+        moe_hidden_states: torch.Tensor | None,
         slice_hidden_states: torch.Tensor | None,
         volume_hidden_states: torch.Tensor | None,
-    ) -> None:
-        if (pixel_values is None) == (prefix_hidden_states is None):
+    ) -> torch.Tensor:
+        """The one of the first three that was given, `(V, S, ...)`."""
+        attended = None if moe_hidden_states is None else moe_hidden_states[0]
+        given = [states for states in (pixel_values, prefix_hidden_states, attended) if states is not None]
+        if len(given) != 1:
             raise ModelError(
-                "pixel_values", "both or neither of pixel_values and prefix_hidden_states were given", "Give one"
+                "pixel_values",
+                "both or neither of pixel_values and prefix_hidden_states (or moe_hidden_states) were given",
+                "Give one",
             )
         # CODEPATH: TG-IS is off by default.
         if pixel_values is None and self.config.slice_scoring == "tgis":
@@ -1220,6 +1298,7 @@ class CTMoEModel(CTMoEPreTrainedModel):
                         "missing beside prefix_hidden_states, for a model that scores slices",
                         "Pass all that the earlier call returned with output_prefix_hidden_states=True",
                     )
+        return given[0]
 
     def _encode_slices(self, volume: dict[str, torch.Tensor | None], outputs: CTMoEVisionOutput) -> torch.Tensor:
         """2D features `(V, S, N, D)`: the tower run slice by slice in every layer, without experts, as in the base."""
@@ -1344,6 +1423,7 @@ class CTMoEModel(CTMoEPreTrainedModel):
         """As `_pool_cells`, from the vision encoder's `(V, S, N, D)`; class tokens are left out."""
         grid = self.config.vision_config.grid_size
         features = features[:, :, -(grid**2) :].unflatten(2, (grid, grid))
+        features = _merge_patches(features, self.config.merge_size, self.config.merge_mode)
         return _pool_cells(features, slice_mask, pool or self.config.pool)
 
     def get_placeholder_mask(
@@ -1367,6 +1447,27 @@ class CTMoEModel(CTMoEPreTrainedModel):
             )
         return mask.unsqueeze(-1)
 
+    def _attention_blocks(
+        self,
+        inputs_embeds: torch.Tensor,
+        placeholders: torch.Tensor | None,
+        token_type_ids: torch.Tensor | None,
+        past_key_values: Cache | None,
+    ) -> torch.Tensor | None:
+        """`(batch_size, sequence_length)`: tokens of one number see each other, -1 is causal; None where all are."""
+        # CODEPATH: Gemma 3 joins the visual tokens of an image, PaliGemma the whole prompt.
+        if self.config.image_attention == "image":
+            if placeholders is None:
+                return None
+            inside = placeholders[..., 0]
+            starts = inside & ~nn.functional.pad(inside, (1, 0))[:, :-1]
+            return (starts.cumsum(dim=1) - 1).masked_fill(~inside, -1)
+        if past_key_values is not None and past_key_values.get_seq_length() > 0:
+            return None
+        if token_type_ids is None:
+            return torch.zeros(inputs_embeds.shape[:2], dtype=torch.long, device=inputs_embeds.device)
+        return torch.where(token_type_ids == 0, 0, -1)
+
     def _segment_mask(
         self,
         segment_ids: torch.Tensor,
@@ -1378,6 +1479,9 @@ class CTMoEModel(CTMoEPreTrainedModel):
         attention = self.language_model.config._attn_implementation
         if attention not in ("sdpa", "eager"):
             raise ModelError("segment_ids", f"cannot be masked in {attention!r}", "Load with attn_implementation sdpa")
+        windows = "sliding_attention" in (getattr(self.language_model.config, "layer_types", None) or [])
+        if windows or self.config.image_attention != "causal":
+            raise ModelError("segment_ids", "need causal attention without windows", "Set questions_per_scan to 1")
         if position_ids is None:
             raise ModelError("segment_ids", "given without position_ids", "Count on from the shared part in each")
         seen = (segment_ids[:, None, :] == 0) | (segment_ids[:, None, :] == segment_ids[:, :, None])
@@ -1404,6 +1508,7 @@ class CTMoEModel(CTMoEPreTrainedModel):
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
         segment_ids: torch.LongTensor | None = None,
+        token_type_ids: torch.LongTensor | None = None,
         past_key_values: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         mm_encoder_outputs: dict[str, CTMoEImageFeatures] | None = None,
@@ -1431,14 +1536,31 @@ class CTMoEModel(CTMoEPreTrainedModel):
                 output_router_logits=output_router_logits,
                 return_dict=True,
             )
-        image_hidden_states = None
+        image_hidden_states = placeholders = None
         if features is not None:
-            mask = self.get_placeholder_mask(input_ids, inputs_embeds, features.pooler_output)
+            placeholders = self.get_placeholder_mask(input_ids, inputs_embeds, features.pooler_output)
+            placeholders = placeholders.to(inputs_embeds.device)
             image_hidden_states = torch.cat(features.pooler_output).to(inputs_embeds.device, inputs_embeds.dtype)
-            inputs_embeds = inputs_embeds.masked_scatter(mask.to(inputs_embeds.device), image_hidden_states)
+            inputs_embeds = inputs_embeds.masked_scatter(placeholders, image_hidden_states)
 
+        # CODEPATH: PaliGemma counts its tokens from 1.
+        if position_ids is None and self.config.first_position:
+            seen = 0 if past_key_values is None else past_key_values.get_seq_length()
+            position_ids = torch.arange(inputs_embeds.shape[1], device=inputs_embeds.device)[None] + seen
+            position_ids = position_ids + self.config.first_position
         if segment_ids is not None:
             attention_mask = self._segment_mask(segment_ids, attention_mask, position_ids, inputs_embeds.dtype)
+        # CODEPATH: most bases are causal throughout.
+        elif self.config.image_attention != "causal":
+            blocks = self._attention_blocks(inputs_embeds, placeholders, token_type_ids, past_key_values)
+            attention_mask = create_masks_for_generate(
+                self.language_model.config,
+                inputs_embeds,
+                attention_mask,
+                past_key_values,
+                position_ids,
+                block_sequence_ids=blocks,
+            )
         outputs = self.language_model(
             attention_mask=attention_mask,
             position_ids=position_ids,
@@ -1523,6 +1645,19 @@ class CTMoEForConditionalGeneration(CTMoEPreTrainedModel, GenerationMixin):
             raise ModelError("task", f"{name!r} is unknown", f"Choose one of {known}")
         return self.config.tasks.index(name)
 
+    def prepare_inputs_for_generation(self, *args, **kwargs):
+        inputs = super().prepare_inputs_for_generation(*args, **kwargs)
+        if inputs.get("position_ids") is not None and self.config.first_position:
+            inputs["position_ids"] = inputs["position_ids"] + self.config.first_position
+        return inputs
+
+    @staticmethod
+    def create_masks_for_generate(config, inputs_embeds, attention_mask, *args, **kwargs):
+        """Left to `forward`, which knows where visual tokens are, unless all attention is causal."""
+        if config.image_attention != "causal":
+            return attention_mask
+        return create_masks_for_generate(config, inputs_embeds, attention_mask, *args, **kwargs)
+
     def save_pretrained(self, *args, **kwargs) -> None:
         # With this import the library copies the pipeline's file as well; the config says what it is for.
         from .pipeline_ct_moe import PIPELINES
@@ -1556,6 +1691,7 @@ class CTMoEForConditionalGeneration(CTMoEPreTrainedModel, GenerationMixin):
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.LongTensor | None = None,
         segment_ids: torch.LongTensor | None = None,
+        token_type_ids: torch.LongTensor | None = None,
         past_key_values: Cache | None = None,
         inputs_embeds: torch.Tensor | None = None,
         labels: torch.LongTensor | None = None,
@@ -1577,6 +1713,7 @@ class CTMoEForConditionalGeneration(CTMoEPreTrainedModel, GenerationMixin):
             attention_mask=attention_mask,
             position_ids=position_ids,
             segment_ids=segment_ids,
+            token_type_ids=token_type_ids,
             past_key_values=past_key_values,
             inputs_embeds=inputs_embeds,
             mm_encoder_outputs=mm_encoder_outputs,
@@ -1628,6 +1765,15 @@ def _pool_cells(
         features = (_sum_cells(features * exists, pool) / count.clamp(min=1)).to(features.dtype)
         cell_mask = count[:, :, 0, 0, 0] > 0
     return features.flatten(2, 3), cell_mask
+
+
+def _merge_patches(features: torch.Tensor, size: int, mode: str) -> torch.Tensor:
+    """`(V, S, rows, columns, D)`: `size` x `size` patches to one, as the base does before its projector."""
+    if size == 1:
+        return features
+    features = features.unflatten(3, (-1, size)).unflatten(2, (-1, size)).transpose(3, 4)
+    # CODEPATH: Gemma 3 averages patches, InternVL stacks their channels.
+    return features.mean(dim=(4, 5)) if mode == "mean" else features.flatten(4)
 
 
 def _sum_cells(grid: torch.Tensor, pool: list[int]) -> torch.Tensor:

@@ -42,6 +42,8 @@ class CTMoEProcessor(ProcessorMixin):
         tasks: list[str] | tuple[str, ...] = (),
         slice_scoring: str = "none",
         volume_cell: list[int] | None = None,
+        merge_size: int = 1,
+        end_token: bool = False,
         **kwargs,
     ):
         r"""
@@ -56,10 +58,16 @@ class CTMoEProcessor(ProcessorMixin):
         volume_cell (`list[int]`, *optional*):
             As in [`CTMoEConfig`]: (slices, tokens) of a second, 3D encoder, which gives `tokens` visual tokens for
             every `slices` slices in place of the vision encoder.
+        merge_size (`int`, *optional*, defaults to 1):
+            As in [`CTMoEConfig`].
+        end_token (`bool`, *optional*, defaults to `False`):
+            As in [`CTMoEConfig`].
         """
         self.pool = list(pool)
         self.slice_scoring = slice_scoring
         self.volume_cell = volume_cell
+        self.merge_size = merge_size
+        self.end_token = end_token
         self.tasks = list(tasks)
         self.image_token = image_token
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
@@ -194,7 +202,9 @@ class CTMoEProcessor(ProcessorMixin):
         _, _, rows, columns = image_inputs["patch_mask"].shape
         num_slices = int(image_inputs["slice_mask"][image_idx].sum())
         shape = (num_slices, rows, columns)
-        return self.image_token * num_visual_tokens(shape, self.pool, self.slice_scoring, self.volume_cell)
+        return self.image_token * num_visual_tokens(
+            shape, self.pool, self.slice_scoring, self.volume_cell, self.merge_size, self.end_token
+        )
 
     def _process_images(self, images, **kwargs) -> tuple[BatchFeature, list[str]]:
         processed = self.image_processor(images, **kwargs)

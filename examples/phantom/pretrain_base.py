@@ -200,7 +200,12 @@ class SliceTexts(Dataset):
         with ThreadPoolExecutor(2) as threads:
             slabs = list(tqdm(threads.map(self._read, paths), total=len(paths), desc="slices"))
         self.places = [(scan, slab, len(rows)) for scan, rows in enumerate(slabs) for slab in range(len(rows))]
-        self.pixel_values = torch.cat(slabs)
+        self.pixel_values = slabs[0].new_empty((len(self.places), *slabs[0].shape[1:]))
+        first = 0
+        while slabs:  # not torch.cat: several GB would be in memory twice
+            rows = slabs.pop(0)
+            self.pixel_values[first : first + len(rows)] = rows
+            first += len(rows)
         self.targets, self.num_findings = self._targets()
 
     def _read(self, path: Path) -> torch.Tensor:

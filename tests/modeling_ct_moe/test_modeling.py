@@ -25,6 +25,7 @@ from tiny_model import (
     volume_inputs,
 )
 
+from ct_moe.errors_ct_moe import ModelError
 from ct_moe.modeling_ct_moe import CTMoEForConditionalGeneration
 
 
@@ -275,6 +276,30 @@ def test_prefix_hidden_states_give_the_same_features_without_the_early_layers():
         assert torch.equal(ours, theirs)
 
 
+def test_a_further_question_runs_the_experts_of_the_first_moe_layer_and_what_follows():
+    model = tiny_model()
+    inputs = volume_inputs(model.config, SLICES)
+    asked_again = {**inputs, "guide_input_ids": inputs["guide_input_ids"].flip(0), "guide_attention_mask": None}
+    layer = model.model.vision_tower.layers[min(model.config.vision_config.moe_layers)]
+    ran = []
+    for module in (layer.self_attn, layer.mlp, layer.moe):
+        module.register_forward_hook(lambda *called: ran.append(type(called[0]).__name__))
+    with torch.no_grad():
+        first = model.get_image_features(**inputs, output_prefix_hidden_states=True)
+        whole = model.get_image_features(**asked_again)
+        ran.clear()
+        asked_again |= {"pixel_values": None, "moe_hidden_states": first.moe_hidden_states}
+        short = model.get_image_features(**asked_again, output_prefix_hidden_states=True)
+    assert ran == ["CTMoETextGuidedMoE"]
+    assert torch.equal(short.last_hidden_state, whole.last_hidden_state)
+    assert not torch.equal(short.last_hidden_state, first.last_hidden_state)
+    assert torch.equal(short.moe_hidden_states, first.moe_hidden_states)
+    assert short.prefix_hidden_states is None
+    assert whole.moe_hidden_states is None
+    with pytest.raises(ModelError, match="both or neither of pixel_values and"):
+        model.get_image_features(**asked_again, prefix_hidden_states=first.prefix_hidden_states)
+
+
 @pytest.mark.parametrize(
     "vision",
     [{"volume_layers": [], "moe_layers": []}, {"moe_layers": []}, {"volume_layers": [0, 3], "moe_layers": [0]}],
@@ -285,8 +310,11 @@ def test_prefix_hidden_states_exist_wherever_the_first_moe_layer_is(vision):
     inputs = volume_inputs(model.config, SLICES)
     with torch.no_grad():
         first = model.get_image_features(**inputs, output_prefix_hidden_states=True)
-        inputs = {**inputs, "pixel_values": None, "prefix_hidden_states": first.prefix_hidden_states}
-        assert torch.equal(model.get_image_features(**inputs).last_hidden_state, first.last_hidden_state)
+        assert (first.moe_hidden_states is None) == (not model.config.vision_config.moe_layers)
+        for name in ("prefix_hidden_states", "moe_hidden_states"):
+            if (kept := getattr(first, name)) is not None:
+                again = model.get_image_features(**{**inputs, "pixel_values": None, name: kept})
+                assert torch.equal(again.last_hidden_state, first.last_hidden_state)
 
 
 def test_encoded_volumes_serve_instead_of_pixels():

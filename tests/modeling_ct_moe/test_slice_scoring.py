@@ -233,6 +233,10 @@ def test_a_further_question_needs_no_pixels(vision, fields):
     torch.testing.assert_close(again.routing.slice_scores, expected.routing.slice_scores, rtol=1e-5, atol=1e-6)
     for tokens, wanted in zip(again.pooler_output, expected.pooler_output):
         torch.testing.assert_close(tokens, wanted, rtol=1e-5, atol=1e-5)
+    if first.moe_hidden_states is not None:
+        kept |= {"prefix_hidden_states": None, "moe_hidden_states": first.moe_hidden_states}
+        for tokens, wanted in zip(model.get_image_features(**other, **kept).pooler_output, again.pooler_output):
+            assert torch.equal(tokens, wanted)
     for name in ("slice_hidden_states", *(["volume_hidden_states"] if model.model.volume_encoder else [])):
         with pytest.raises(ModelError, match=f"{name}: missing beside prefix_hidden_states"):
             model.get_image_features(**other, **{**kept, name: None})

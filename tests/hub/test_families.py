@@ -1,0 +1,165 @@
+# Copyright 2026 The CT-MoE authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Every family of bases: the base's own forward and generation on one slice, every tensor kept, both stages."""
+
+import json
+
+import pytest
+import torch
+from datasets import Dataset
+from safetensors.torch import load_file
+from tiny_families import FAMILIES, build_family
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+from ct_moe import CTMoEForConditionalGeneration, CTMoEProcessor, CTReportPipeline
+from ct_moe.hub.conversion import convert_base
+from ct_moe.hub.families import FAMILIES as KNOWN
+from ct_moe.hub.tensor_mapping import change_back
+from ct_moe.trainers.recipe import Stage1Config, Stage2Config
+from ct_moe.trainers.rows import ROW_FEATURES
+from ct_moe.trainers.two_stage import train_stage
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def pair(request, tmp_path_factory):
+    """Name, base, conversion and report of a tiny checkpoint."""
+    folder = tmp_path_factory.mktemp("family")
+    base = build_family(request.param, folder / "base")
+    report = convert_base(base, folder / "converted", progress=False)
+    return request.param, base, folder / "converted", report
+
+
+@pytest.fixture(scope="module")
+def inputs(pair):
+    """One slice in a prompt, for the base and for the conversion."""
+    _, base, converted, _ = pair
+    config = CTMoEForConditionalGeneration.config_class.from_pretrained(converted)
+    config.pool = [1, 1, 1]
+    generator = torch.Generator().manual_seed(1)
+    words = torch.randint(5, 500, (2, 9), generator=generator)
+    places = torch.full((2, config.num_visual_tokens(1)), config.image_token_id)
+    input_ids = torch.cat([words[:, :3], places, words[:, 3:]], dim=1)
+    pixels = torch.randn(2, 3, config.vision_config.image_size, config.vision_config.image_size, generator=generator)
+    family = KNOWN[json.loads((base / "config.json").read_text())["model_type"]]
+    model = AutoModelForImageTextToText.from_pretrained(base)
+    own = family.base_inputs(pixels, input_ids, model.config)
+    if "batch_num_images" in own:  # one image in each of two prompts, none of them cut into tiles
+        own |= {"image_sizes": own["image_sizes"].expand(2, -1), "batch_num_images": torch.tensor([2, 2])}
+    return {"input_ids": input_ids, **own}, {"input_ids": input_ids, "pixel_values": pixels[:, None]}, model
+
+
+def converted_model(folder) -> CTMoEForConditionalGeneration:
+    model = CTMoEForConditionalGeneration.from_pretrained(folder)
+    model.config.pool = [1, 1, 1]
+    return model
+
+
+def test_logits_are_the_base_s(pair, inputs):
+    theirs, ours, base = inputs
+    with torch.no_grad():
+        expected = base(**theirs).logits
+        logits = converted_model(pair[2])(**ours).logits
+    torch.testing.assert_close(logits, expected, rtol=0, atol=1e-5)
+    assert expected.abs().max() > 0.1
+    ours = {**ours, "pixel_values": ours["pixel_values"].flip(-1)}
+    with torch.no_grad():
+        assert (converted_model(pair[2])(**ours).logits - expected).abs().max() > 1e-3
+
+
+def test_twenty_generated_tokens_are_the_base_s(pair, inputs):
+    theirs, ours, base = inputs
+    settings = {"max_new_tokens": 20, "min_new_tokens": 20, "do_sample": False}
+    theirs, ours = ({**given, "attention_mask": torch.ones_like(given["input_ids"])} for given in (theirs, ours))
+    expected = base.generate(**theirs, **settings)
+    assert torch.equal(converted_model(pair[2]).generate(**ours, **settings), expected)
+    assert expected.shape[1] == theirs["input_ids"].shape[1] + 20
+
+
+def test_every_tensor_is_kept_bit_for_bit_or_named(pair):
+    _, base, converted, report = pair
+    theirs, ours = load_file(base / "model.safetensors"), load_file(converted / "model.safetensors")
+    unseen = dict(ours)
+    for key, tensor in theirs.items():
+        if key in report.unread_names:
+            continue
+        where = report.reused_names[key]
+        kept = unseen.pop(where)
+        assert torch.equal(change_back(kept, report.changes.get(key, ""), tuple(tensor.shape)), tensor), key
+    assert sorted(unseen) == sorted(name for names in report.added_names.values() for name in names)
+
+
+def test_the_base_s_picture_settings_and_prompt_are_taken_over(pair):
+    name, _, converted, report = pair
+    processor = CTMoEProcessor.from_pretrained(converted)
+    assert processor.image_processor.image_mean == (0.4, 0.5, 0.6)
+    assert processor.image_processor.size["height"] == 56
+    messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Is there a nodule?"}]}]
+    prompt = processor.apply_chat_template(messages, add_generation_prompt=True)
+    expected = {
+        "gemma3": "<|user|>\n\n\n<start_of_image><image_soft_token><end_of_image>\n\n\nIs there a nodule?<|end|>\n",
+        "internvl": "<|user|>\n<img><IMG_CONTEXT></img>\nIs there a nodule?<|end|>\n",
+        "paligemma": "<image>Is there a nodule?\n",
+    }.get(name, "<|user|>\n<image>\nIs there a nodule?<|end|>\n")
+    assert prompt.startswith(expected)
+    assert ("family" in report.chat_template) == (name == "paligemma")
+
+
+def test_a_real_scan_is_reported(pair, test_data):
+    _, _, converted, _ = pair
+    model = AutoModelForImageTextToText.from_pretrained(converted)
+    reporter = CTReportPipeline(model, processor=AutoProcessor.from_pretrained(converted))
+    scan = test_data / "totalseg" / "example_ct_sm.nii.gz"
+    result = reporter(str(scan), max_new_tokens=8, min_new_tokens=8)
+    assert result["num_slices"] > 1
+    assert result["task"] == "report"
+    assert reporter(str(scan), question="Is there a nodule?", max_new_tokens=4)["task"] in model.config.tasks
+
+
+@pytest.mark.filterwarnings(r"ignore:`(is_)?gradient_checkpointing\w*` is deprecated:FutureWarning")
+def test_both_stages_train(pair, tmp_path, test_data):
+    _, _, converted, _ = pair
+    scan = str(test_data / "totalseg" / "example_ct_sm.nii.gz")
+    rows = [
+        {
+            "images": [scan],
+            "prompt": [{"role": "user", "content": "Write a report."}],
+            "completion": [{"role": "assistant", "content": f"Report {number}."}],
+            "task": task,
+            "row": number,
+        }
+        for number, task in enumerate(("report", "vqa_closed", "vqa_open", "report"), 1)
+    ]
+    rows = Dataset.from_list(rows, features=ROW_FEATURES)
+    settings = {
+        "use_cpu": True,
+        "max_steps": 2,
+        "per_device_train_batch_size": 2,
+        "save_strategy": "no",
+        "report_to": "none",
+        "dataloader_num_workers": 0,
+        "disable_tqdm": True,
+        "generate_samples": 0,
+        "train_language_model": "full",
+        "activation_checkpointing": False,
+    }
+    quiet = {"say": lambda line: None}
+    first = Stage1Config(output_dir=str(tmp_path / "1"), **settings)
+    train_stage(str(converted), first, rows, tmp_path / "stage1", **quiet)
+    second = Stage2Config(output_dir=str(tmp_path / "2"), **settings)
+    folder = train_stage(str(tmp_path / "stage1"), second, rows, tmp_path / "stage2", **quiet)
+    before, after = (load_file(path / "model.safetensors") for path in (converted, folder))
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    for part in ("multi_modal_projector", "vision_tower.layers", ".moe.", "language_model"):
+        assert any(part in name for name in changed), part
+    assert "model.language_model.embed_tokens.weight" not in changed

@@ -1,0 +1,171 @@
+# Copyright 2026 The CT-MoE authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""Tiny checkpoints of every family, built with the library's own classes and written in its own format."""
+
+from pathlib import Path
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForImageTextToText,
+    Gemma3Config,
+    GenerationConfig,
+    InternVLConfig,
+    LlavaConfig,
+    LlavaOnevisionConfig,
+    PaliGemmaConfig,
+    PreTrainedTokenizerFast,
+    SiglipImageProcessorPil,
+)
+
+from ct_moe.hub.tiny_base import _train_tokenizer, radiology_sentences
+
+
+_SIGLIP = {
+    "model_type": "siglip_vision_model",
+    "hidden_size": 48,
+    "intermediate_size": 80,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "image_size": 56,
+    "patch_size": 14,
+    "vision_use_head": False,
+}
+_TEXT = {
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 16,
+    "max_position_embeddings": 4096,
+    "bos_token_id": None,
+    "pad_token_id": 0,
+}
+_CHAT = """\
+{%- for message in messages -%}
+  {{- '<|' + message['role'] + '|>\\n' -}}
+  {%- for block in message['content'] -%}
+    {%- if block['type'] == 'image' -%}{{- 'IMAGE\\n' -}}{%- else -%}{{- block['text'] -}}{%- endif -%}
+  {%- endfor -%}
+  {{- '<|end|>\\n' -}}
+{%- endfor -%}
+{%- if add_generation_prompt -%}{{- '<|assistant|>\\n' -}}{%- endif -%}
+"""
+
+
+def build_family(name: str, folder: Path, seed: int = 0, dtype: torch.dtype = torch.float32, **changes) -> Path:
+    """Write a tiny checkpoint; `changes` are fields of its config, nested ones as `text_config={...}`."""
+    make, placeholder, written = _FAMILIES[name]
+    tokenizer = _train_tokenizer(radiology_sentences())
+    tokenizer.add_special_tokens({"additional_special_tokens": sorted({placeholder, written, "<img>", "</img>"})})
+    config = make(tokenizer, tokenizer.convert_tokens_to_ids(placeholder), changes)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        model = AutoModelForImageTextToText.from_config(config)
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.ndim == 1 or min(parameter.shape) == 1:
+                    parameter.add_(0.1 * torch.randn_like(parameter))
+                elif not parameter.any():  # the projection of Gemma 3 starts from zeros
+                    parameter.normal_(std=0.1)
+    model.generation_config = GenerationConfig(eos_token_id=tokenizer.eos_token_id, pad_token_id=0)
+    model.to(dtype).save_pretrained(folder)
+    size = config.vision_config.image_size
+    side = size if isinstance(size, int) else size[0]
+    SiglipImageProcessorPil(
+        size={"height": side, "width": side}, image_mean=[0.4, 0.5, 0.6], image_std=[0.2, 0.3, 0.4]
+    ).save_pretrained(folder)
+    if name != "paligemma":  # which has no chat template
+        tokenizer.chat_template = _CHAT.replace("IMAGE", written)
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def _text(kind: str, tokenizer: PreTrainedTokenizerFast, changes: dict, **fields) -> AutoConfig:
+    vocabulary = {"vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id}
+    return AutoConfig.for_model(kind, **{**_TEXT, **vocabulary, **fields, **changes.pop("text_config", {})})
+
+
+def _llava_siglip(tokenizer, image_token_id, changes):
+    text = _text("qwen2", tokenizer, changes)
+    return LlavaConfig(
+        vision_config={**_SIGLIP, "vision_use_head": True, **changes.pop("vision_config", {})},
+        text_config=text,
+        image_token_index=image_token_id,
+        **{"vision_feature_layer": -2, "vision_feature_select_strategy": "full", **changes},
+    )
+
+
+def _llava_onevision(tokenizer, image_token_id, changes):
+    text = _text("qwen2", tokenizer, changes)
+    return LlavaOnevisionConfig(
+        vision_config={**_SIGLIP, **changes.pop("vision_config", {})},
+        text_config=text,
+        image_token_index=image_token_id,
+        video_token_index=image_token_id - 1,
+        image_grid_pinpoints=[[56, 56], [112, 112]],
+        **changes,
+    )
+
+
+def _gemma3(tokenizer, image_token_id, changes):
+    # A window shorter than the prompt, and both kinds of layers.
+    kinds = ["sliding_attention", "full_attention", "sliding_attention"]
+    text = _text("gemma3_text", tokenizer, changes, sliding_window=8, layer_types=kinds, query_pre_attn_scalar=16)
+    return Gemma3Config(
+        vision_config={**_SIGLIP, **changes.pop("vision_config", {})},
+        text_config=text,
+        image_token_index=image_token_id,
+        mm_tokens_per_image=4,
+        **changes,
+    )
+
+
+def _paligemma(tokenizer, image_token_id, changes):
+    text = _text("gemma", tokenizer, changes)
+    return PaliGemmaConfig(
+        vision_config={**_SIGLIP, "projection_dim": 64, **changes.pop("vision_config", {})},
+        text_config=text,
+        image_token_index=image_token_id,
+        projection_dim=64,
+        **changes,
+    )
+
+
+def _internvl(tokenizer, image_token_id, changes):
+    text = _text("qwen3" if changes.pop("qwen3", False) else "qwen2", tokenizer, changes)
+    vision = {
+        "hidden_size": 48,
+        "intermediate_size": 80,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "image_size": [56, 56],
+        "patch_size": [14, 14],
+        "attention_bias": True,
+        "use_mask_token": True,
+        **changes.pop("vision_config", {}),
+    }
+    return InternVLConfig(vision_config=vision, text_config=text, image_token_id=image_token_id, **changes)
+
+
+# The config, the placeholder that visual tokens replace, and what the chat template writes for an image.
+_FAMILIES = {
+    "llava with siglip": (_llava_siglip, "<image>", "<image>"),
+    "llava_onevision": (_llava_onevision, "<image>", "<image>"),
+    "gemma3": (_gemma3, "<image_soft_token>", "<start_of_image>"),
+    "paligemma": (_paligemma, "<image>", "<image>"),
+    "internvl": (_internvl, "<IMG_CONTEXT>", "<IMG_CONTEXT>"),
+}
+FAMILIES = sorted(_FAMILIES)
