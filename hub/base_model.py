@@ -23,6 +23,7 @@ import difflib
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,12 +32,13 @@ import torch
 from huggingface_hub.errors import HFValidationError, StrictDataclassError
 from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, PreTrainedConfig
+from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
 from transformers.activations import ACT2FN
 
 from ct_moe import ConversionError
 
 from .families import FAMILIES, TOWERS, Family
+from .families.dinov2 import DINOV2, combine, place_image_token
 
 
 _DTYPES = {
@@ -55,6 +57,7 @@ class Base(NamedTuple):
     commit: str | None
     folder: Path
     config: PreTrainedConfig
+    tower_folder: Path | None = None  # of a vision tower with files of its own
 
     @property
     def family(self) -> Family:
@@ -77,17 +80,50 @@ class TensorCount:
 
 
 class FileTensor(NamedTuple):
-    """A tensor of the base's files, not read yet."""
+    """A tensor of the base's files, not read yet, and its name there."""
 
     file: Path
+    name: str
     shape: tuple[int, ...]
     dtype: torch.dtype
     count: TensorCount
 
 
-def open_base(base: str | Path, revision: str | None) -> Base:
-    """Find a base, or download it: the tokenizer as well."""
-    return Base(*open_source(base, revision, _read_config, ["*.json", "*.jinja", "tokenizer.model"]))
+def open_base(
+    base: str | Path,
+    revision: str | None,
+    vision_tower: str | Path | None = None,
+    vision_tower_revision: str | None = None,
+) -> Base:
+    """Find a base, or download it: the tokenizer as well. With a vision tower, `base` is a causal language model."""
+    patterns = ["*.json", "*.jinja", "tokenizer.model"]
+    if vision_tower is None:
+        return Base(*open_source(base, revision, _read_config, patterns))
+    name, commit, folder, text = open_source(base, revision, partial(_read_part, DINOV2.text_types), patterns)
+    tower_name, _, tower_folder, tower = open_source(
+        vision_tower, vision_tower_revision, partial(_read_part, DINOV2.towers), ["*.json"]
+    )
+    image_token_id = place_image_token(load_tokenizer(name, folder), text.vocab_size, name)
+    config = combine(tower, text, image_token_id)
+    _check_tower(tower_name, config)
+    return Base(f"{name} with {tower_name}", commit, folder, config, tower_folder)
+
+
+def load_tokenizer(name: str, folder: Path) -> PreTrainedTokenizerBase:
+    try:
+        return AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # bare ones from the tokenizers package, KeyErrors from the library
+        raise ConversionError(
+            name, f"no tokenizer that loads: {one_line(error)}", "Add the base's tokenizer.json"
+        ) from error
+
+
+def read_tensors(source: Base) -> dict[str, FileTensor]:
+    """Those of the base by name; of a vision tower with files of its own with `vision_tower.` before theirs."""
+    tensors = read_index(source.folder)
+    if source.tower_folder is not None:
+        tensors |= {f"vision_tower.{name}": tensor for name, tensor in read_index(source.tower_folder).items()}
+    return tensors
 
 
 def open_source(
@@ -152,7 +188,7 @@ def read_index(folder: Path) -> dict[str, FileTensor]:
                         )
                     parameters = torch.Size(shape).numel()
                     tensors[key] = FileTensor(
-                        file, shape, dtype, TensorCount(1, parameters, parameters * dtype.itemsize)
+                        file, key, shape, dtype, TensorCount(1, parameters, parameters * dtype.itemsize)
                     )
         except SafetensorError as error:
             raise ConversionError(
@@ -166,7 +202,8 @@ def read_index(folder: Path) -> dict[str, FileTensor]:
 
 def read_image_settings(source: Base) -> dict[str, Any]:
     """The base's image processor config, from whichever of its two places it has."""
-    for path in (source.folder / "preprocessor_config.json", source.folder / "processor_config.json"):
+    folder = source.tower_folder or source.folder
+    for path in (folder / "preprocessor_config.json", folder / "processor_config.json"):
         settings = read_json(path) if path.is_file() else {}
         settings = _part(path, settings, "image_processor") or settings
         if "image_mean" in settings and "image_std" in settings:
@@ -246,12 +283,12 @@ def _read_config(base: str | Path, folder: Path) -> PreTrainedConfig:
     if "quantization_config" in raw:
         raise ConversionError(base, "quantised weights are not supported", "Name the unquantised model")
     try:
-        config = AutoConfig.from_pretrained(folder)
+        config = family.read_config(folder, raw)
+    except ConversionError:
+        raise
     except (StrictDataclassError, ValueError, TypeError, KeyError) as error:
         raise ConversionError(path, f"not a {kind} config: {one_line(error)}", "Download the base again") from error
-    finding = TOWERS[config.vision_config.model_type].refuse(config.vision_config)
-    if finding is not None:
-        raise ConversionError(base, f"a vision tower with {finding} is not supported", supported)
+    _check_tower(base, config)
     texts = config.text_config
     acts = [getattr(part, "hidden_act", None) for part in (config.vision_config, texts)]
     for act in [getattr(config, "projector_hidden_act", None), *acts]:
@@ -264,6 +301,26 @@ def _read_config(base: str | Path, folder: Path) -> PreTrainedConfig:
             "Name a base whose embeddings include its image token",
         )
     return config
+
+
+def _read_part(kinds: tuple[str, ...], source: str | Path, folder: Path) -> PreTrainedConfig:
+    """The config of a language model or of a vision tower alone."""
+    raw = read_config_json(source, folder)
+    if raw.get("model_type") not in kinds:
+        raise ConversionError(
+            source, f"model_type {raw.get('model_type')!r} is not supported here", f"Supported: {', '.join(kinds)}"
+        )
+    try:
+        return AutoConfig.from_pretrained(folder)
+    except (StrictDataclassError, ValueError, TypeError, KeyError) as error:
+        raise ConversionError(folder / "config.json", one_line(error), "Download it again") from error
+
+
+def _check_tower(name: str | Path, config: PreTrainedConfig) -> None:
+    kind = config.vision_config.model_type
+    finding = TOWERS[kind].refuse(config.vision_config)
+    if finding is not None:
+        raise ConversionError(name, f"a vision tower with {finding} is not supported", f"Name another {kind}")
 
 
 def _part(path: Path, content: dict[str, Any], name: str) -> dict[str, Any]:

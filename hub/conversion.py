@@ -33,7 +33,7 @@ import transformers
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import safe_open
 from tqdm.auto import tqdm
-from transformers import AutoModelForImageTextToText, AutoTokenizer, GenerationConfig, PreTrainedConfig
+from transformers import AutoModelForImageTextToText, GenerationConfig, PreTrainedConfig
 from transformers.utils import logging
 
 import ct_moe
@@ -51,15 +51,17 @@ from .base_model import (
     Base,
     FileTensor,
     TensorCount,
+    load_tokenizer,
     one_line,
     open_base,
     read_chat_template,
     read_image_settings,
-    read_index,
     read_json,
+    read_tensors,
 )
 from .chat_template import fit_chat_template
 from .families import TOWERS
+from .families.dinov2 import place_image_token
 from .folder import new_folder, write_folder
 from .tensor_mapping import TensorPlan, change, plan_tensors
 from .volume_encoder import VolumeEncoderReport, add_encoder_config, open_volume_encoder, read_volume_encoder
@@ -88,7 +90,7 @@ _PROJECTOR = {
     "projector_norm_eps",
     "merge_size",
     "merge_mode",
-    "end_token",
+    "separators",
     "image_attention",
     "first_position",
 }
@@ -187,6 +189,8 @@ def convert_base(
     preset: Literal["paper_like", "med_2e3"] | None = None,
     volume_encoder: str | Path | None = None,
     volume_encoder_revision: str | None = None,
+    vision_tower: str | Path | None = None,
+    vision_tower_revision: str | None = None,
     **ct_moe_overrides,
 ) -> ConversionReport:
     """Convert a 2D multimodal base into a CT-MoE model, and leave nothing behind on any error.
@@ -206,6 +210,8 @@ def convert_base(
         volume_encoder: folder or Hub id of M3D-CLIP, or of an encoder in its format, whose weights the 3D encoder gets
             and whose geometry `volume_encoder_config` takes over; without it a 3D encoder starts from random weights.
         volume_encoder_revision: branch, tag or commit of its Hub repository.
+        vision_tower: folder or Hub id of a DINOv2; `base` is then a causal language model, and the projector new.
+        vision_tower_revision: branch, tag or commit of its Hub repository.
         **ct_moe_overrides: fields of `CTMoEConfig`, `CTMoEVisionConfig` and `CTMoEImageProcessor` that the base does
             not determine, such as `tasks`, `pool`, `num_experts`, `volume_layers`, `slab_mm` or `intensity`.
 
@@ -221,7 +227,9 @@ def convert_base(
     dtype = _as_dtype(dtype)
     with new_folder(out) as folder, _progress(progress) as step:
         step("reading the base")
-        source = open_base(base, revision)
+        if vision_tower is None and vision_tower_revision is not None:
+            raise ConversionError("vision_tower_revision", "given without a vision_tower", "Name the tower too")
+        source = open_base(base, revision, vision_tower, vision_tower_revision)
         if preset == "paper_like":
             ct_moe_overrides = {**paper_like(source.config.vision_config.intermediate_size), **ct_moe_overrides}
         elif preset == "med_2e3":
@@ -240,7 +248,7 @@ def convert_base(
         processor, template_note = _make_processor(source, config, chat_template, image_settings)
 
         step("mapping tensors")
-        tensors = read_index(source.folder)
+        tensors = read_tensors(source)
         plan = plan_tensors({key: tensor.shape for key, tensor in tensors.items()}, config, source.config)
         dtype = dtype or reduce(torch.promote_types, {tensors[key].dtype for key in plan.reused})
         _check_tied(plan, tensors)
@@ -264,7 +272,7 @@ def convert_base(
         if parity:
             step("running the base")
             inputs = _parity_inputs(config)
-            expected = _run_base(source, dtype, inputs)
+            expected = _run_base(source, dtype, inputs, folder)
             step("running the converted model")
             measured = _compare(_run_converted(folder, inputs), expected)
 
@@ -330,12 +338,9 @@ def _make_processor(
     source: Base, config: CTMoEConfig, chat_template: str | None, overrides: dict[str, Any]
 ) -> tuple[CTMoEProcessor, str]:
     """The processor, and what was done to the base's chat template."""
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(source.folder, trust_remote_code=False)
-    except Exception as error:  # bare ones from the tokenizers package, KeyErrors from the library
-        raise ConversionError(
-            source.name, f"no tokenizer that loads: {one_line(error)}", "Add the base's tokenizer.json"
-        ) from error
+    tokenizer = load_tokenizer(source.name, source.folder)
+    if source.tower_folder is not None:
+        place_image_token(tokenizer, config.text_config.vocab_size, source.name)
     image_token = tokenizer.convert_ids_to_tokens(config.image_token_id)
     if config.image_token_id not in tokenizer.added_tokens_decoder:
         raise ConversionError(
@@ -377,7 +382,7 @@ def _make_processor(
         slice_scoring=config.slice_scoring,
         volume_cell=config.volume_cell,
         merge_size=config.merge_size,
-        end_token=config.end_token,
+        separators=config.separators,
     )
     return processor, note
 
@@ -396,7 +401,7 @@ def _check_tied(plan: TensorPlan, tensors: dict[str, FileTensor]) -> None:
     weights = []
     for key in pair:
         with safe_open(tensors[key].file, "pt") as file:
-            weights.append(file.get_tensor(key))
+            weights.append(file.get_tensor(tensors[key].name))
     if not torch.equal(*weights):
         raise ConversionError(
             pair[0],
@@ -423,10 +428,10 @@ def _build_model(
     state_dict = dict(filled)
     for file in sorted({tensors[key].file for key in plan.reused}):
         with safe_open(file, "pt") as weights:
-            for key in weights.keys():
-                if key in plan.reused:
-                    tensor = weights.get_tensor(key)
-                    state_dict[plan.reused[key]] = change(tensor, plan.changes.get(key, ""))
+            for key, target in plan.reused.items():
+                if tensors[key].file == file:
+                    tensor = weights.get_tensor(tensors[key].name)
+                    state_dict[target] = change(tensor, plan.changes.get(key, ""))
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(_SEED)
         return CTMoEForConditionalGeneration.from_pretrained(None, config=config, state_dict=state_dict, dtype=dtype)
@@ -473,14 +478,18 @@ def _parity_inputs(config: CTMoEConfig) -> _ParityInputs:
 def _num_slice_tokens(config: CTMoEConfig) -> int:
     """Visual tokens of one slice, as the base has them: not pooled, none of TG-IS."""
     grid = config.vision_config.grid_size
-    return num_visual_tokens((1, grid, grid), (1, 1, 1), "none", None, config.merge_size, config.end_token)
+    return num_visual_tokens((1, grid, grid), (1, 1, 1), "none", None, config.merge_size, config.separators)
 
 
 @torch.no_grad()
-def _run_base(source: Base, dtype: torch.dtype, inputs: _ParityInputs) -> torch.Tensor:
+def _run_base(source: Base, dtype: torch.dtype, inputs: _ParityInputs, converted: Path) -> torch.Tensor:
     # Rounded to the dtype of the converted weights first: what is compared is what is computed with equal weights.
+    family = source.family
+    if family.run_base is not None:
+        given = (source.config, dtype, inputs.input_ids, inputs.pixel_values, source.tower_folder, converted)
+        return family.run_base(source.folder, *given)
     model = AutoModelForImageTextToText.from_pretrained(source.folder, dtype=dtype).float()
-    image = source.family.base_inputs(inputs.pixel_values, inputs.input_ids, source.config)
+    image = family.base_inputs(inputs.pixel_values, inputs.input_ids, source.config)
     return model(input_ids=inputs.input_ids, **image).logits
 
 

@@ -29,15 +29,6 @@ from .families import FAMILIES, TOWERS
 from .families.family import Rule
 
 
-# Patterns match whole names and cover every layout: the original one, which the library writes to this day
-# (`language_model.model.`), that of its own modules (`model.language_model.`), and both with and without the
-# `vision_model` that towers once had inside.
-_TOWER = r"(?:model\.)?vision_tower\.(?:vision_model\.)?"
-_TEXT_RULES = [
-    Rule(r"(?:language_model\.)?(lm_head\.weight)", r"\1"),
-    Rule(r"language_model\.model\.(.+)", r"model.language_model.\1"),
-    Rule(r"model\.language_model\.(.+)", r"model.language_model.\1"),
-]
 _BUFFER_RULES = [
     (r".*\.position_ids", "a buffer, computed anew"),
     (r".*\.rotary_emb\.inv_freq", "a buffer, computed anew"),
@@ -79,11 +70,12 @@ def plan_tensors(shapes: dict[str, tuple[int, ...]], config: CTMoEConfig, base: 
             key: tuple(tensor.shape) for key, tensor in CTMoEForConditionalGeneration(config).state_dict().items()
         }
     family, tower = FAMILIES[base.model_type], TOWERS[base.vision_config.model_type]
+    prefix = family.tower_prefix
     tower_rules = [
-        Rule(_TOWER + rule.pattern, f"model.vision_tower.{rule.target}", rule.change) for rule in tower.rules
+        Rule(prefix + rule.pattern, f"model.vision_tower.{rule.target}", rule.change) for rule in tower.rules
     ]
-    rules = [*tower_rules, *family.rules, *_TEXT_RULES]
-    never_read = [*((_TOWER + pattern, reason) for pattern, reason in tower.unread), *family.unread]
+    rules = [*tower_rules, *family.rules, *family.text_rules]
+    never_read = [*((prefix + pattern, reason) for pattern, reason in tower.unread), *family.unread]
     tied = {"lm_head.weight"} if config.tie_word_embeddings else set()
     reused, unread, changes = {}, {}, {}
     for key, shape in shapes.items():
@@ -119,7 +111,7 @@ def plan_tensors(shapes: dict[str, tuple[int, ...]], config: CTMoEConfig, base: 
     for target in targets:
         if target in filled | tied:
             continue
-        group = _first_match(_ADDED_RULES, target)
+        group = _first_match([*family.fresh, *_ADDED_RULES], target)
         if group is None:
             raise ConversionError(
                 target, "no tensor of the base's files fills it", "The base is incomplete: download it again"

@@ -340,8 +340,10 @@ class CTMoEConfig(PreTrainedConfig):
         The base makes one visual token of `merge_size` x `merge_size` patches of a slice, before the projector.
     merge_mode (`str`, *optional*, defaults to `"mean"`):
         How: `"mean"` (Gemma 3) or `"stack"`, row by row along the channels (pixel shuffle of InternVL).
-    end_token (`bool`, *optional*, defaults to `False`):
-        Whether a learned embedding follows the visual tokens of a volume (`image_newline` of LLaVA-OneVision).
+    separators (`str`, *optional*, defaults to `"none"`):
+        Learned embeddings among the visual tokens: `"end"`, one behind those of a volume (`image_newline` of
+        LLaVA-OneVision), or `"rows"`, one behind every row of a slice, and after the volume one more and an overview,
+        the mean over its slices (Phi-3-V, where an image is followed by its small copy).
     image_attention (`str`, *optional*, defaults to `"causal"`):
         How the language model sees visual tokens: `"causal"`, `"image"` (those of a volume see each other, Gemma 3) or
         `"prompt"` (everything before the answer sees each other, PaliGemma).
@@ -398,7 +400,7 @@ class CTMoEConfig(PreTrainedConfig):
     projector_norm_eps: float = 1e-5
     merge_size: int = 1
     merge_mode: Literal["mean", "stack"] = "mean"
-    end_token: bool = False
+    separators: Literal["none", "end", "rows"] = "none"
     image_attention: Literal["causal", "image", "prompt"] = "causal"
     first_position: int = 0
     tie_word_embeddings: bool = False
@@ -440,6 +442,8 @@ class CTMoEConfig(PreTrainedConfig):
                 f"{self.merge_size} does not divide the {self.vision_config.grid_size} patches along a side",
                 "Take it from the base",
             )
+        if self.separators == "rows" and self.slice_scoring == "tgis":
+            raise ModelError("slice_scoring", '"tgis" with a base that separates rows', 'Use "none"')
         self._check_slice_scoring()
         self.vision_config.num_tasks = len(self.tasks)
         if self.vision_config.moe_layers and not self.vision_config.shared_group and not self.tasks:
@@ -474,7 +478,7 @@ class CTMoEConfig(PreTrainedConfig):
             self.slice_scoring,
             self.volume_cell,
             self.merge_size,
-            self.end_token,
+            self.separators,
         )
 
     def _check_slice_scoring(self) -> None:
@@ -532,13 +536,17 @@ def num_visual_tokens(
     slice_scoring: str = "none",
     volume_cell: list[int] | None = None,
     merge_size: int = 1,
-    end_token: bool = False,
+    separators: str = "none",
 ) -> int:
     """Visual tokens of a volume of (slices, rows, columns) patches, design section 2.4; the rest as in the config."""
-    in_plane = num_pooled_cells((shape[1] // merge_size, shape[2] // merge_size), pool[1:])
+    rows, columns = shape[1] // merge_size, shape[2] // merge_size
+    in_plane = num_pooled_cells((rows, columns), pool[1:])
+    if separators == "rows":
+        in_plane += num_pooled_cells((rows,), pool[1:2])
     slices_per_cell, tokens_per_cell = volume_cell or (pool[0], in_plane)
-    weighted = in_plane if slice_scoring == "tgis" else 0
-    return -(-shape[0] // slices_per_cell) * tokens_per_cell + weighted + int(end_token)
+    tokens = -(-shape[0] // slices_per_cell) * tokens_per_cell
+    extra = {"none": 0, "end": 1, "rows": 1 + in_plane}[separators]
+    return tokens + extra + (in_plane if slice_scoring == "tgis" else 0)
 
 
 def num_pooled_cells(shape: tuple[int, ...], pool: list[int] | tuple[int, ...]) -> int:

@@ -40,7 +40,7 @@ from transformers.utils import ModelOutput, TransformersKwargs, auto_docstring
 from transformers.utils.generic import can_return_tuple, merge_with_config_defaults
 from transformers.utils.output_capturing import OutputRecorder, capture_outputs
 
-from .configuration_ct_moe import CTMoEConfig, CTMoEVisionConfig, CTMoEVolumeEncoderConfig
+from .configuration_ct_moe import CTMoEConfig, CTMoEVisionConfig, CTMoEVolumeEncoderConfig, num_pooled_cells
 from .errors_ct_moe import ModelError, PromptError
 from .routing_ct_moe import routing_losses
 
@@ -48,7 +48,7 @@ from .routing_ct_moe import routing_losses
 # Which ViT takes which side of these is said where the config declares them.
 # trf-ignore: TRF041 config.qk_norm, config.norm_type, config.use_layer_scale
 # trf-ignore: TRF041 config.pre_layernorm, config.post_layernorm, config.router_jitter
-# trf-ignore: TRF041 config.projector_norm, config.projector_layers, config.merge_mode, config.end_token
+# trf-ignore: TRF041 config.projector_norm, config.projector_layers, config.merge_mode, config.separators
 # trf-ignore: TRF041 config.image_attention, config.first_position
 
 
@@ -767,8 +767,9 @@ class CTMoEPreTrainedModel(PreTrainedModel):
         elif isinstance(module, CTMoEOffsetRMSNorm):
             init.zeros_(module.weight)
         elif isinstance(module, CTMoEModel):
-            if module.end_token is not None:
-                init.normal_(module.end_token, std=std)
+            for separator in (module.end_token, module.row_token, module.view_token):
+                if separator is not None:
+                    init.normal_(separator, std=std)
         elif isinstance(module, CTMoEGuideEncoder):
             init.normal_(module.query, std=std)
         elif isinstance(module, CTMoESliceScoring):
@@ -1091,8 +1092,12 @@ class CTMoEModel(CTMoEPreTrainedModel):
         super().__init__(config)
         self.vision_tower = CTMoEVisionModel._from_config(config.vision_config)
         self.multi_modal_projector = CTMoEMultiModalProjector(config)
-        # CODEPATH: LLaVA-OneVision closes an image with a learned token.
-        self.end_token = nn.Parameter(torch.empty(config.text_config.hidden_size)) if config.end_token else None
+        # CODEPATH: LLaVA-OneVision closes an image with a learned token; Phi-3-V closes rows, before the projector.
+        ends, rows = config.separators == "end", config.separators == "rows"
+        self.end_token = nn.Parameter(torch.empty(config.text_config.hidden_size)) if ends else None
+        width = self.multi_modal_projector.linear_1.in_features
+        self.row_token = nn.Parameter(torch.empty(width)) if rows else None
+        self.view_token = nn.Parameter(torch.empty(width)) if rows else None
         self.language_model = AutoModel.from_config(config.text_config)
         vision_config = config.vision_config
         # CODEPATH: TG-IS is off by default.
@@ -1241,8 +1246,11 @@ class CTMoEModel(CTMoEPreTrainedModel):
             )
         else:
             cells, cell_mask = self._pool_tower(outputs.last_hidden_state, slice_mask)
-            projected = self.multi_modal_projector(cells[cell_mask])
-            visual_tokens = [row.flatten(0, 1) for row in projected.split(cell_mask.sum(dim=1).tolist())]
+            visual_tokens = [row.flatten(0, 1) for row in cells[cell_mask].split(cell_mask.sum(dim=1).tolist())]
+            if self.row_token is not None:
+                visual_tokens = [self._separate_rows(tokens, cells.shape[2]) for tokens in visual_tokens]
+            lengths = [len(tokens) for tokens in visual_tokens]
+            visual_tokens = list(self.multi_modal_projector(torch.cat(visual_tokens)).split(lengths))
         if self.end_token is not None:
             visual_tokens = [torch.cat([tokens, self.end_token[None].to(tokens.dtype)]) for tokens in visual_tokens]
         losses = {}
@@ -1357,6 +1365,16 @@ class CTMoEModel(CTMoEPreTrainedModel):
         # A matrix product per volume, which sums in float32 whatever the dtype.
         weighted = [torch.tensordot(s, own, dims=1) for s, own in zip(weights, slices.split(num_real))]
         return [torch.cat([own.flatten(0, 1), sum_]) for own, sum_ in zip(cells.split(num_cells), weighted)], scores
+
+    def _separate_rows(self, tokens: torch.Tensor, tokens_per_cell: int) -> torch.Tensor:
+        """`(tokens, D)` of one volume with a token behind every row, then one more and the mean over its slices."""
+        config = self.config
+        columns = num_pooled_cells((config.vision_config.grid_size // config.merge_size,), config.pool[2:])
+        cells = tokens.unflatten(0, (-1, tokens_per_cell // columns, columns))
+        cells = torch.cat([cells, cells.mean(dim=0, keepdim=True)])
+        ends = self.row_token.to(tokens.dtype).expand(*cells.shape[:2], 1, -1)
+        *volume, overview = torch.cat([cells, ends], dim=2).flatten(1, 2)
+        return torch.cat([*volume, self.view_token[None].to(tokens.dtype), overview])
 
     def _check_rows(
         self,

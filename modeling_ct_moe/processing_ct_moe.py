@@ -43,7 +43,7 @@ class CTMoEProcessor(ProcessorMixin):
         slice_scoring: str = "none",
         volume_cell: list[int] | None = None,
         merge_size: int = 1,
-        end_token: bool = False,
+        separators: str = "none",
         **kwargs,
     ):
         r"""
@@ -60,14 +60,14 @@ class CTMoEProcessor(ProcessorMixin):
             every `slices` slices in place of the vision encoder.
         merge_size (`int`, *optional*, defaults to 1):
             As in [`CTMoEConfig`].
-        end_token (`bool`, *optional*, defaults to `False`):
+        separators (`str`, *optional*, defaults to `"none"`):
             As in [`CTMoEConfig`].
         """
         self.pool = list(pool)
         self.slice_scoring = slice_scoring
         self.volume_cell = volume_cell
         self.merge_size = merge_size
-        self.end_token = end_token
+        self.separators = separators
         self.tasks = list(tasks)
         self.image_token = image_token
         super().__init__(image_processor, tokenizer, chat_template=chat_template)
@@ -203,7 +203,7 @@ class CTMoEProcessor(ProcessorMixin):
         num_slices = int(image_inputs["slice_mask"][image_idx].sum())
         shape = (num_slices, rows, columns)
         return self.image_token * num_visual_tokens(
-            shape, self.pool, self.slice_scoring, self.volume_cell, self.merge_size, self.end_token
+            shape, self.pool, self.slice_scoring, self.volume_cell, self.merge_size, self.separators
         )
 
     def _process_images(self, images, **kwargs) -> tuple[BatchFeature, list[str]]:

@@ -16,17 +16,19 @@
 How to add one: docs/add_a_family.md.
 """
 
+from .dinov2 import DINOV2
 from .family import Family, Tower
 from .gemma3 import GEMMA3
 from .internvl import INTERNVL
 from .llava import LLAVA
 from .llava_onevision import LLAVA_ONEVISION
 from .paligemma import PALIGEMMA
+from .phi3_v import PHI3_V
 from .towers import TOWERS
 
 
 FAMILIES: dict[str, Family] = {
-    family.model_type: family for family in (LLAVA, GEMMA3, PALIGEMMA, LLAVA_ONEVISION, INTERNVL)
+    family.model_type: family for family in (LLAVA, GEMMA3, PALIGEMMA, LLAVA_ONEVISION, INTERNVL, PHI3_V, DINOV2)
 }
 
 __all__ = ["FAMILIES", "TOWERS", "Family", "Tower"]

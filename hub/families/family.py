@@ -15,10 +15,11 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from transformers import PreTrainedConfig
+from transformers import AutoConfig, PreTrainedConfig
 
 
 class Rule(NamedTuple):
@@ -54,6 +55,16 @@ class Tower:
     refuse: Callable[[PreTrainedConfig], str | None] = lambda config: None
 
 
+# Names of every layout: the original one, which the library writes to this day (`language_model.model.`), that of its
+# own modules (`model.language_model.`), and both with and without the `vision_model` that towers once had inside.
+TOWER_PREFIX = r"(?:model\.)?vision_tower\.(?:vision_model\.)?"
+TEXT_RULES = (
+    Rule(r"(?:language_model\.)?(lm_head\.weight)", r"\1"),
+    Rule(r"language_model\.model\.(.+)", r"model.language_model.\1"),
+    Rule(r"model\.language_model\.(.+)", r"model.language_model.\1"),
+)
+
+
 @dataclass(frozen=True)
 class Family:
     """How one kind of base is converted.
@@ -68,7 +79,14 @@ class Family:
         vision: its config -> fields of `CTMoEVisionConfig` that the tower's own config does not hold.
         rules: where tensors go that are neither the tower's nor the language model's.
         unread: pattern -> why the base's forward never reads such a tensor.
+        text_rules: where the language model's tensors go.
+        tower_prefix: what precedes the names of the tower's tensors, as a pattern.
         refuse: its raw config -> (what, found) of settings that are not supported.
+        read_config: folder and raw config -> its config, with `vision_config`, `text_config`, `image_token_id` and
+            `tie_word_embeddings`.
+        run_base: folder, config, dtype, `input_ids`, one slice, folder of the tower if it is another, folder of the
+            converted model -> the base's own logits, with float32 arithmetic.
+        fresh: patterns of what neither base nor conversion fills, with the part of the model: new parameters.
         base_inputs: one slice `(1, 3, height, width)`, `input_ids` and its config -> what else the base's own forward
             takes.
         image_text: (what the base's chat template writes for an image, what its processor makes of that, with one
@@ -86,7 +104,14 @@ class Family:
     vision: Callable[[PreTrainedConfig], dict[str, Any]]
     rules: list[Rule]
     unread: list[tuple[str, str]] = field(default_factory=list)
+    text_rules: tuple[Rule, ...] = TEXT_RULES
+    tower_prefix: str = TOWER_PREFIX
     refuse: Callable[[dict[str, Any]], Iterator[tuple[str, Any]]] = lambda raw: iter(())
+    read_config: Callable[[Path, dict[str, Any]], PreTrainedConfig] = lambda folder, raw: AutoConfig.from_pretrained(
+        folder
+    )
+    run_base: Callable[..., torch.Tensor] | None = None
+    fresh: list[tuple[str, str]] = field(default_factory=list)
     base_inputs: Callable[[torch.Tensor, torch.Tensor, PreTrainedConfig], dict[str, Any]] = (
         lambda pixels, input_ids, config: {"pixel_values": pixels}
     )

@@ -27,7 +27,7 @@ LLAVA_ONEVISION = Family(
     settings=lambda config: {
         "projector_hidden_act": config.projector_hidden_act,
         "multimodal_projector_bias": config.multimodal_projector_bias,
-        "end_token": True,
+        "separators": "end",
     },
     vision=lambda config: {"feature_layer": config.vision_feature_layer},
     rules=[*PROJECTOR, Rule(r"(?:model\.)?image_newline", "model.end_token")],

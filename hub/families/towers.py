@@ -111,7 +111,28 @@ INTERNVIT = Tower(
     ),
 )
 
+DINOV2 = Tower(
+    rules=[
+        Rule(r"embeddings\.cls_token", "embeddings.class_embedding", "squeeze"),
+        Rule(r"embeddings\.position_embeddings", "embeddings.position_embedding.weight", "squeeze"),
+        Rule(r"embeddings\.patch_embeddings\.projection\.(.+)", r"embeddings.patch_embedding.\1"),
+        Rule(r"encoder\.layer\.(\d+)\.attention\.attention\.(q|k|v)\w+\.(.+)", r"layers.\1.self_attn.\2_proj.\3"),
+        Rule(r"encoder\.layer\.(\d+)\.attention\.output\.dense\.(.+)", r"layers.\1.self_attn.out_proj.\2"),
+        Rule(r"encoder\.layer\.(\d+)\.norm([12])\.(.+)", r"layers.\1.layer_norm\2.\3"),
+        Rule(r"encoder\.layer\.(\d+)\.layer_scale([12])\.lambda1", r"layers.\1.layer_scale\2"),
+        Rule(r"encoder\.layer\.(\d+)\.mlp\.(.+)", r"layers.\1.mlp.\2"),
+        Rule(r"layernorm\.(.+)", r"post_layernorm.\1"),
+    ],
+    unread=[(r"embeddings\.mask_token", "mask token: of pretraining")],
+    fields={name: name for name in _FIELDS if name not in ("intermediate_size", "attention_dropout")}
+    | {"attention_dropout": "attention_probs_dropout_prob", "attention_bias": "qkv_bias"},
+    constants={**_PLAIN, "class_token": True, "use_layer_scale": True},
+    settings=lambda config: _sizes(config) | {"intermediate_size": int(config.hidden_size * config.mlp_ratio)},
+    refuse=lambda config: _square_only(config) or ("a SwiGLU FFN (giant)" if config.use_swiglu_ffn else None),
+)
+
 TOWERS: dict[str, Tower] = {
+    "dinov2": DINOV2,
     "clip_vision_model": CLIP,
     "siglip_vision_model": SIGLIP,
     "internvl_vision": INTERNVIT,

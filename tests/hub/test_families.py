@@ -13,18 +13,17 @@
 # limitations under the License.
 """Every family of bases: the base's own forward and generation on one slice, every tensor kept, both stages."""
 
-import json
-
 import pytest
 import torch
 from datasets import Dataset
 from safetensors.torch import load_file
-from tiny_families import FAMILIES, build_family
+from tiny_families import FAMILIES, build_dinov2, build_family
 from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers.modeling_outputs import CausalLMOutput
 
-from ct_moe import CTMoEForConditionalGeneration, CTMoEProcessor, CTReportPipeline
+from ct_moe import CTMoEConfig, CTMoEForConditionalGeneration, CTMoEProcessor, CTReportPipeline
+from ct_moe.hub.base_model import open_base
 from ct_moe.hub.conversion import convert_base
-from ct_moe.hub.families import FAMILIES as KNOWN
 from ct_moe.hub.tensor_mapping import change_back
 from ct_moe.trainers.recipe import Stage1Config, Stage2Config
 from ct_moe.trainers.rows import ROW_FEATURES
@@ -33,30 +32,58 @@ from ct_moe.trainers.two_stage import train_stage
 
 @pytest.fixture(scope="module", params=FAMILIES)
 def pair(request, tmp_path_factory):
-    """Name, base, conversion and report of a tiny checkpoint."""
+    """Name, base, conversion and report of a tiny checkpoint; the base of DINOv2 is two folders."""
     folder = tmp_path_factory.mktemp("family")
+    if request.param == "dinov2":
+        base, tower = build_dinov2(folder / "base")
+        report = convert_base(base, folder / "converted", vision_tower=tower, progress=False)
+        return request.param, [base, tower], folder / "converted", report
     base = build_family(request.param, folder / "base")
     report = convert_base(base, folder / "converted", progress=False)
-    return request.param, base, folder / "converted", report
+    return request.param, [base], folder / "converted", report
 
 
 @pytest.fixture(scope="module")
 def inputs(pair):
-    """One slice in a prompt, for the base and for the conversion."""
-    _, base, converted, _ = pair
-    config = CTMoEForConditionalGeneration.config_class.from_pretrained(converted)
+    """One slice in a prompt: for the base's forward pass, and for the conversion."""
+    _, folders, converted, _ = pair
+    config = CTMoEConfig.from_pretrained(converted)
     config.pool = [1, 1, 1]
     generator = torch.Generator().manual_seed(1)
-    words = torch.randint(5, 500, (2, 9), generator=generator)
-    places = torch.full((2, config.num_visual_tokens(1)), config.image_token_id)
+    words = torch.randint(5, 500, (1, 9), generator=generator)
+    places = torch.full((1, config.num_visual_tokens(1)), config.image_token_id)
     input_ids = torch.cat([words[:, :3], places, words[:, 3:]], dim=1)
-    pixels = torch.randn(2, 3, config.vision_config.image_size, config.vision_config.image_size, generator=generator)
-    family = KNOWN[json.loads((base / "config.json").read_text())["model_type"]]
-    model = AutoModelForImageTextToText.from_pretrained(base)
-    own = family.base_inputs(pixels, input_ids, model.config)
-    if "batch_num_images" in own:  # one image in each of two prompts, none of them cut into tiles
-        own |= {"image_sizes": own["image_sizes"].expand(2, -1), "batch_num_images": torch.tensor([2, 2])}
-    return {"input_ids": input_ids, **own}, {"input_ids": input_ids, "pixel_values": pixels[:, None]}, model
+    size = config.vision_config.image_size
+    pixels = torch.randn(1, 3, size, size, generator=generator)
+    source = open_base(folders[0], None, *folders[1:])
+    if source.family.run_base is not None:
+        base = PublishedForward(source, converted, pixels)
+        theirs = {"input_ids": input_ids}
+    else:
+        base = AutoModelForImageTextToText.from_pretrained(folders[0])
+        theirs = {"input_ids": input_ids, **source.family.base_inputs(pixels, input_ids, base.config)}
+    return theirs, {"input_ids": input_ids, "pixel_values": pixels[:, None]}, base
+
+
+class PublishedForward:
+    """A base without a class in the library, or of two checkpoints."""
+
+    def __init__(self, source, converted, pixels):
+        self.source, self.given = source, (pixels, source.tower_folder, converted)
+
+    def __call__(self, input_ids):
+        folder, config = self.source.folder, self.source.config
+        return CausalLMOutput(
+            logits=self.source.family.run_base(folder, config, torch.float32, input_ids, *self.given)
+        )
+
+    @torch.no_grad()
+    def generate(self, input_ids, attention_mask, max_new_tokens, eos_token_id, **settings):
+        for _ in range(max_new_tokens):  # without a cache
+            logits = self(input_ids).logits[:, -1]
+            logits[:, eos_token_id] = -torch.inf
+            input_ids = torch.cat([input_ids, logits.argmax(dim=-1, keepdim=True)], dim=1)
+        return input_ids
 
 
 def converted_model(folder) -> CTMoEForConditionalGeneration:
@@ -79,17 +106,21 @@ def test_logits_are_the_base_s(pair, inputs):
 
 def test_twenty_generated_tokens_are_the_base_s(pair, inputs):
     theirs, ours, base = inputs
+    model = converted_model(pair[2])
     settings = {"max_new_tokens": 20, "min_new_tokens": 20, "do_sample": False}
+    settings["eos_token_id"] = model.generation_config.eos_token_id
     theirs, ours = ({**given, "attention_mask": torch.ones_like(given["input_ids"])} for given in (theirs, ours))
     expected = base.generate(**theirs, **settings)
-    assert torch.equal(converted_model(pair[2]).generate(**ours, **settings), expected)
+    assert torch.equal(model.generate(**ours, **settings), expected)
     assert expected.shape[1] == theirs["input_ids"].shape[1] + 20
 
 
 def test_every_tensor_is_kept_bit_for_bit_or_named(pair):
-    _, base, converted, report = pair
-    theirs, ours = load_file(base / "model.safetensors"), load_file(converted / "model.safetensors")
-    unseen = dict(ours)
+    _, folders, converted, report = pair
+    theirs = load_file(folders[0] / "model.safetensors")
+    for tower in folders[1:]:
+        theirs |= {f"vision_tower.{key}": tensor for key, tensor in load_file(tower / "model.safetensors").items()}
+    unseen = load_file(converted / "model.safetensors")
     for key, tensor in theirs.items():
         if key in report.unread_names:
             continue
@@ -109,6 +140,7 @@ def test_the_base_s_picture_settings_and_prompt_are_taken_over(pair):
     expected = {
         "gemma3": "<|user|>\n\n\n<start_of_image><image_soft_token><end_of_image>\n\n\nIs there a nodule?<|end|>\n",
         "internvl": "<|user|>\n<img><IMG_CONTEXT></img>\nIs there a nodule?<|end|>\n",
+        "phi3_v": "<|user|>\n<|image|>\nIs there a nodule?<|end|>\n",
         "paligemma": "<image>Is there a nodule?\n",
     }.get(name, "<|user|>\n<image>\nIs there a nodule?<|end|>\n")
     assert prompt.startswith(expected)

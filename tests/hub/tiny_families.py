@@ -13,19 +13,27 @@
 # limitations under the License.
 """Tiny checkpoints of every family, built with the library's own classes and written in its own format."""
 
+import json
 from pathlib import Path
 
 import torch
+from safetensors.torch import save_file
 from transformers import (
     AutoConfig,
     AutoModelForImageTextToText,
+    CLIPVisionConfig,
+    CLIPVisionModel,
+    Dinov2Config,
+    Dinov2Model,
     Gemma3Config,
     GenerationConfig,
     InternVLConfig,
     LlavaConfig,
     LlavaOnevisionConfig,
     PaliGemmaConfig,
+    Phi3ForCausalLM,
     PreTrainedTokenizerFast,
+    Qwen2ForCausalLM,
     SiglipImageProcessorPil,
 )
 
@@ -67,6 +75,8 @@ _CHAT = """\
 
 def build_family(name: str, folder: Path, seed: int = 0, dtype: torch.dtype = torch.float32, **changes) -> Path:
     """Write a tiny checkpoint; `changes` are fields of its config, nested ones as `text_config={...}`."""
+    if name == "phi3_v":
+        return build_phi3_v(folder, seed, dtype)
     make, placeholder, written = _FAMILIES[name]
     tokenizer = _train_tokenizer(radiology_sentences())
     tokenizer.add_special_tokens({"additional_special_tokens": sorted({placeholder, written, "<img>", "</img>"})})
@@ -74,23 +84,116 @@ def build_family(name: str, folder: Path, seed: int = 0, dtype: torch.dtype = to
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         model = AutoModelForImageTextToText.from_config(config)
-        with torch.no_grad():
-            for parameter in model.parameters():
-                if parameter.ndim == 1 or min(parameter.shape) == 1:
-                    parameter.add_(0.1 * torch.randn_like(parameter))
-                elif not parameter.any():  # the projection of Gemma 3 starts from zeros
-                    parameter.normal_(std=0.1)
+        _stir(model)
     model.generation_config = GenerationConfig(eos_token_id=tokenizer.eos_token_id, pad_token_id=0)
     model.to(dtype).save_pretrained(folder)
     size = config.vision_config.image_size
     side = size if isinstance(size, int) else size[0]
-    SiglipImageProcessorPil(
-        size={"height": side, "width": side}, image_mean=[0.4, 0.5, 0.6], image_std=[0.2, 0.3, 0.4]
-    ).save_pretrained(folder)
+    _write_processor(folder, tokenizer, side)
     if name != "paligemma":  # which has no chat template
         tokenizer.chat_template = _CHAT.replace("IMAGE", written)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+def build_phi3_v(folder: Path, seed: int = 0, dtype: torch.dtype = torch.float32) -> Path:
+    """In the published names and with the published fields of the config; the library has no class for it."""
+    tokenizer = _train_tokenizer(radiology_sentences())
+    tokenizer.add_special_tokens({"additional_special_tokens": ["<|image|>"]})
+    text = _text("phi3", tokenizer, {}, original_max_position_embeddings=64)
+    half = text.hidden_size // text.num_attention_heads // 2
+    text.rope_parameters = {
+        "rope_type": "longrope",
+        "rope_theta": 10000.0,
+        "long_factor": [1.1 + 0.1 * i for i in range(half)],
+        "short_factor": [1.0 + 0.01 * i for i in range(half)],
+    }
+    vision = CLIPVisionConfig(
+        hidden_size=128,
+        intermediate_size=160,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        image_size=56,
+        patch_size=14,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        tower, model = CLIPVisionModel(vision), Phi3ForCausalLM(text)
+        prefix, width = "model.vision_embed_tokens.", 4 * vision.hidden_size
+        tensors = {
+            f"{prefix}img_projection.0.weight": 0.05 * torch.randn(text.hidden_size, width),
+            f"{prefix}img_projection.0.bias": torch.randn(text.hidden_size),
+            f"{prefix}img_projection.2.weight": 0.1 * torch.randn(text.hidden_size, text.hidden_size),
+            f"{prefix}img_projection.2.bias": torch.randn(text.hidden_size),
+            f"{prefix}glb_GN": torch.randn(1, 1, width),
+            f"{prefix}sub_GN": torch.randn(1, 1, 1, width),
+        }
+    names = {name.removeprefix("vision_model."): tensor for name, tensor in tower.state_dict().items()}
+    tensors |= {f"{prefix}img_processor.vision_model.{name}": tensor for name, tensor in names.items()}
+    tensors |= model.state_dict()
+    folder.mkdir()
+    save_file({name: tensor.contiguous().to(dtype) for name, tensor in tensors.items()}, folder / "model.safetensors")
+    raw = text.to_dict()
+    scaling = raw.pop("rope_parameters")
+    config = {
+        **raw,
+        "model_type": "phi3_v",
+        "architectures": ["Phi3VForCausalLM"],
+        "auto_map": {"AutoConfig": "configuration_phi3_v.Phi3VConfig"},
+        "embd_layer": {
+            "embedding_cls": "image",
+            "hd_transform_order": "sub_glb",
+            "projection_cls": "mlp",
+            "use_hd_transform": True,
+            "with_learnable_separator": True,
+        },
+        "img_processor": {"model_name": "openai/clip-vit-large-patch14-336", "name": "clip_vision_model"},
+        "rope_theta": scaling.pop("rope_theta"),
+        "rope_scaling": {"type": "su", **{name: value for name, value in scaling.items() if name != "rope_type"}},
+    }
+    (folder / "config.json").write_text(json.dumps(config, indent=2))
+    _write_processor(folder, tokenizer, 56)
+    tokenizer.chat_template = (
+        "{% for message in messages %}{{ '<|' + message['role'] + '|>\\n' + message['content'] + '<|end|>\\n' }}"
+        "{% endfor %}{% if add_generation_prompt %}{{ '<|assistant|>\\n' }}{% endif %}"
+    )
+    tokenizer.save_pretrained(folder)
+    return folder
+
+
+def build_dinov2(folder: Path, seed: int = 0, dtype: torch.dtype = torch.float32) -> tuple[Path, Path]:
+    """A language model without a token for images, and a tower."""
+    tokenizer = _train_tokenizer([*radiology_sentences()])
+    tower = Dinov2Config(
+        hidden_size=48, num_hidden_layers=3, num_attention_heads=4, mlp_ratio=2, image_size=56, patch_size=14
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        models = Qwen2ForCausalLM(_text("qwen2", tokenizer, {"text_config": {"vocab_size": 1100}})), Dinov2Model(tower)
+        _stir(models[0]), _stir(models[1])
+    folders = folder / "language_model", folder / "tower"
+    for model, place in zip(models, folders):
+        model.to(dtype).save_pretrained(place)
+    tokenizer.chat_template = _CHAT.replace("message['content']", "[{'type': 'text', 'text': message['content']}]")
+    tokenizer.save_pretrained(folders[0])
+    _write_processor(folders[1], tokenizer, 56)
+    return folders
+
+
+@torch.no_grad()
+def _stir(model: torch.nn.Module) -> None:
+    """Move biases, norm scales and zeros to where a swapped or forgotten one would be noticed."""
+    for parameter in model.parameters():
+        if parameter.ndim == 1 or min(parameter.shape) == 1:
+            parameter.add_(0.1 * torch.randn_like(parameter))
+        elif not parameter.any():  # the projection of Gemma 3 starts from zeros
+            parameter.normal_(std=0.1)
+
+
+def _write_processor(folder: Path, tokenizer: PreTrainedTokenizerFast, side: int) -> None:
+    SiglipImageProcessorPil(
+        size={"height": side, "width": side}, image_mean=[0.4, 0.5, 0.6], image_std=[0.2, 0.3, 0.4]
+    ).save_pretrained(folder)
 
 
 def _text(kind: str, tokenizer: PreTrainedTokenizerFast, changes: dict, **fields) -> AutoConfig:
@@ -168,4 +271,4 @@ _FAMILIES = {
     "paligemma": (_paligemma, "<image>", "<image>"),
     "internvl": (_internvl, "<IMG_CONTEXT>", "<IMG_CONTEXT>"),
 }
-FAMILIES = sorted(_FAMILIES)
+FAMILIES = sorted([*_FAMILIES, "phi3_v", "dinov2"])
