@@ -90,6 +90,8 @@ _PROJECTOR = {
     "projector_norm_eps",
     "merge_size",
     "merge_mode",
+    "projector_hidden_size",
+    "position_axes",
     "separators",
     "image_attention",
     "first_position",
@@ -310,6 +312,8 @@ def _make_config(source: Base, overrides: dict[str, Any]) -> CTMoEConfig:
     tower = TOWERS[base.vision_config.model_type]
     vision = {name: getattr(base.vision_config, theirs) for name, theirs in tower.fields.items()} | tower.constants
     vision |= tower.settings(base.vision_config) | family.vision(base)
+    if family.image_size is not None:
+        vision["image_size"] = overrides.pop("image_size", family.image_size)
     top = {
         "text_config": base.text_config,
         "image_token_id": base.image_token_id,

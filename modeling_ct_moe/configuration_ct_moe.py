@@ -50,6 +50,28 @@ class CTMoEVisionConfig(PreTrainedConfig):
         Whether queries and keys pass an RMS norm over the full width before they are split into heads (InternViT-6B).
     use_layer_scale (`bool`, *optional*, defaults to `False`):
         Whether both residual branches are scaled by a learned vector (InternViT).
+    post_norm_type (`str`, *optional*, defaults to `"layer_norm"`):
+        That last norm: `"layer_norm"` or `"rms_norm"` (Qwen2.5-VL).
+    gated_mlp (`bool`, *optional*, defaults to `False`):
+        Whether the FFN is `down(act(gate(x)) * up(x))` (Qwen2.5-VL).
+    fused_qkv (`bool`, *optional*, defaults to `False`):
+        Whether the base keeps the projections of queries, keys and values in one matrix (Qwen-VL).
+    temporal_patch_size (`int`, *optional*, defaults to 1):
+        Frames of the base's patch embedding, which sees a slice so many times (Qwen-VL).
+    position_embedding (`bool`, *optional*, defaults to `True`):
+        Whether positions in the plane have learned embeddings (not in Qwen2.5-VL).
+    position_grid (`int`, *optional*):
+        Side of the grid of these, where it is not that of the patches: resampled bilinearly (Qwen3-VL).
+    rotary_theta (`float`, *optional*):
+        Base of the rotary embedding of row and column that turns queries and keys in every layer (Qwen-VL). The slice
+        position then joins the lower half of the frequencies of each, instead of turning channels of its own.
+    window_size (`int`, *optional*):
+        Patches along a side of the windows in which layers outside `full_attention_layers` attend; in a volume layer a
+        window spans all slices (Qwen2.5-VL).
+    full_attention_layers (`list[int]`, *optional*):
+        Layers without windows.
+    deepstack_layers (`list[int]`, *optional*):
+        Layers whose output reaches the language model as well, behind its first layers (Qwen3-VL).
     feature_layer (`int`, *optional*, defaults to -2):
         Index into the base's hidden states (0 is the embedding output) that the language model reads. Layers above
         it do not exist here.
@@ -107,6 +129,16 @@ class CTMoEVisionConfig(PreTrainedConfig):
     norm_type: Literal["layer_norm", "rms_norm"] = "layer_norm"
     qk_norm: bool = False
     use_layer_scale: bool = False
+    post_norm_type: Literal["layer_norm", "rms_norm"] = "layer_norm"
+    gated_mlp: bool = False
+    fused_qkv: bool = False
+    temporal_patch_size: int = 1
+    position_embedding: bool = True
+    position_grid: int | None = None
+    rotary_theta: float | int | None = None
+    window_size: int | None = None
+    full_attention_layers: list[int] | None = None
+    deepstack_layers: list[int] | None = None
 
     feature_layer: int = -2
     volume_layers: list[int] | None = None
@@ -144,6 +176,8 @@ class CTMoEVisionConfig(PreTrainedConfig):
             self.num_task_experts = self.num_experts
         if self.moe_intermediate_size is None:
             self.moe_intermediate_size = self.hidden_size // 4
+        self.full_attention_layers = self.full_attention_layers or []
+        self.deepstack_layers = self.deepstack_layers or []
         self.depth_wavelengths_mm = [float(wavelength) for wavelength in self.depth_wavelengths_mm]
         self._check_layers(read)
         self._check_geometry()
@@ -164,6 +198,11 @@ class CTMoEVisionConfig(PreTrainedConfig):
     def num_slice_tokens(self) -> int:
         """Tokens per slice inside the encoder (N), the class token included."""
         return self.grid_size**2 + int(self.class_token)
+
+    @property
+    def num_positions(self) -> int:
+        """Learned position embeddings, that of the class token included."""
+        return self.num_slice_tokens if self.position_grid is None else self.position_grid**2 + int(self.class_token)
 
     @property
     def depth_rotary_dim(self) -> int:
@@ -199,6 +238,15 @@ class CTMoEVisionConfig(PreTrainedConfig):
                 f"{self.hidden_size} is not a multiple of num_attention_heads = {self.num_attention_heads}",
                 "Take both from the base",
             )
+        if self.window_size is not None and (self.class_token or self.grid_size % self.window_size):
+            raise ModelError(
+                "image_size",
+                f"{self.image_size} pixels are {self.grid_size} patches along a side, which windows of "
+                f"{self.window_size} do not divide",
+                f"Choose a multiple of {self.window_size * self.patch_size} pixels",
+            )
+        if self.class_token and (self.rotary_theta is not None or self.position_grid is not None):
+            raise ModelError("class_token", "with rotary or resampled positions in the plane", "No base has both")
         if not 0.0 <= self.depth_rotary_fraction <= 1.0:
             raise ModelError("depth_rotary_fraction", f"{self.depth_rotary_fraction} is not in [0, 1]", "Use 0.5")
         wavelengths = self.depth_wavelengths_mm
@@ -262,6 +310,9 @@ class CTMoEVolumeEncoderConfig(PreTrainedConfig):
 
     model_type = "ct_moe_volume_encoder"
     base_config_key = "volume_encoder_config"
+    # It is built of the vision encoder's parts.
+    fused_qkv: ClassVar[bool] = False
+    gated_mlp: ClassVar[bool] = False
 
     hidden_size: int = 768
     intermediate_size: int = 3072
@@ -329,6 +380,8 @@ class CTMoEConfig(PreTrainedConfig):
         The base's own image placeholder token; every visual token takes the place of one.
     multimodal_projector_bias (`bool`, *optional*, defaults to `True`):
         Whether the base's projector has biases.
+    projector_hidden_size (`int`, *optional*):
+        Width between its two layers, by default the language model's.
     projector_layers (`int`, *optional*, defaults to 2):
         Linear layers of the projector: 2 with `projector_hidden_act` between them, or 1 (Gemma 3, PaliGemma).
     projector_norm (`str`, *optional*, defaults to `"none"`):
@@ -347,6 +400,8 @@ class CTMoEConfig(PreTrainedConfig):
     image_attention (`str`, *optional*, defaults to `"causal"`):
         How the language model sees visual tokens: `"causal"`, `"image"` (those of a volume see each other, Gemma 3) or
         `"prompt"` (everything before the answer sees each other, PaliGemma).
+    position_axes (`int`, *optional*, defaults to 1):
+        1, or 3 where the language model places visual tokens by slice, row and column (Qwen-VL).
     first_position (`int`, *optional*, defaults to 0):
         Position of the first token in the language model (1 in PaliGemma).
     tasks (`list[str]`, *optional*, defaults to `["report", "vqa_closed", "vqa_open"]`):
@@ -395,6 +450,7 @@ class CTMoEConfig(PreTrainedConfig):
     image_token_id: int = 32000
     projector_hidden_act: str = "gelu"
     multimodal_projector_bias: bool = True
+    projector_hidden_size: int | None = None
     projector_layers: Literal[1, 2] = 2
     projector_norm: Literal["none", "layer_norm", "offset_rms_norm"] = "none"
     projector_norm_eps: float = 1e-5
@@ -402,6 +458,7 @@ class CTMoEConfig(PreTrainedConfig):
     merge_mode: Literal["mean", "stack"] = "mean"
     separators: Literal["none", "end", "rows"] = "none"
     image_attention: Literal["causal", "image", "prompt"] = "causal"
+    position_axes: Literal[1, 3] = 1
     first_position: int = 0
     tie_word_embeddings: bool = False
 
@@ -453,7 +510,7 @@ class CTMoEConfig(PreTrainedConfig):
                 "Name tasks, keep the shared group, or set moe_layers = [] for a dense model",
             )
         self.auto_map = {**AUTO_MAP, **(getattr(self, "auto_map", None) or {})}
-        if not self.tie_word_embeddings and self.text_config.tie_word_embeddings:
+        if getattr(self.text_config, "tie_word_embeddings", False):
             self.tie_word_embeddings = True  # saved in the text config by many bases
 
     @property

@@ -49,7 +49,8 @@ from .routing_ct_moe import routing_losses
 # trf-ignore: TRF041 config.qk_norm, config.norm_type, config.use_layer_scale
 # trf-ignore: TRF041 config.pre_layernorm, config.post_layernorm, config.router_jitter
 # trf-ignore: TRF041 config.projector_norm, config.projector_layers, config.merge_mode, config.separators
-# trf-ignore: TRF041 config.image_attention, config.first_position
+# trf-ignore: TRF041 config.image_attention, config.first_position, config.post_norm_type, config.deepstack_layers
+# trf-ignore: TRF041 config.temporal_patch_size, config.position_embedding, config.fused_qkv, config.depth_rotary_dim
 
 
 ADAPTER_PARTS = ("base_layer.", "lora_", "modules_to_save.", "original_module.")  # names that PEFT gives
@@ -119,6 +120,8 @@ class CTMoEVisionOutput(BaseModelOutput):
     moe_hidden_states (`torch.Tensor` of shape `(2, num_volumes, num_slices, num_tokens, hidden_size)`, *optional*):
         Of the first MoE layer, the states after its attention and what its FFN makes of them. Neither depends on the
         prompt. `None` for a model without MoE layers.
+    deepstack_hidden_states (`tuple[torch.Tensor]`, *optional*):
+        Outputs of the layers in `deepstack_layers`, each `(num_volumes, num_slices, num_tokens, hidden_size)`.
     slice_prefix_hidden_states (`torch.Tensor` of that shape, *optional*):
         Output of the last layer before the first volume layer.
     """
@@ -127,6 +130,7 @@ class CTMoEVisionOutput(BaseModelOutput):
     token_mask: torch.Tensor | None = None
     prefix_hidden_states: torch.Tensor | None = None
     moe_hidden_states: torch.Tensor | None = None
+    deepstack_hidden_states: tuple[torch.Tensor, ...] | None = None
     slice_prefix_hidden_states: torch.Tensor | None = None
 
 
@@ -181,10 +185,13 @@ class CTMoEImageFeatures(BaseModelOutputWithPooling):
         TG-IS: the 2D features. They do not depend on the prompt.
     volume_hidden_states (`torch.Tensor` of shape `(num_volumes, depth, rows, columns, hidden_size)`, *optional*):
         The patches of the second, 3D encoder. They do not depend on the prompt.
+    deepstack_output (`list[torch.Tensor]`, *optional*):
+        Per volume `(num_visual_tokens, num_layers, text_hidden_size)`, for a language model that reads several layers.
     routing (`CTMoERoutingOutput`, *optional*):
         How the volumes were routed.
     """
 
+    deepstack_output: list[torch.Tensor] | None = None
     prefix_hidden_states: torch.Tensor | None = None
     moe_hidden_states: torch.Tensor | None = None
     slice_hidden_states: torch.Tensor | None = None
@@ -202,11 +209,14 @@ class CTMoEModelOutputWithPast(BaseModelOutputWithPast):
         The vision encoder's router logits, as in `routing`.
     routing (`CTMoERoutingOutput`, *optional*):
         How the volumes were routed.
+    rope_deltas (`torch.Tensor` of shape `(batch_size, 1)`, *optional*):
+        What the next position is ahead of the number of tokens, where a language model has positions of three axes.
     """
 
     image_hidden_states: torch.Tensor | None = None
     router_logits: tuple[torch.Tensor] | None = None
     routing: CTMoERoutingOutput | None = None
+    rope_deltas: torch.Tensor | None = None
 
 
 @auto_docstring(custom_intro="Output of [`CTMoEForConditionalGeneration`].")
@@ -225,6 +235,8 @@ class CTMoECausalLMOutputWithPast(ModelOutput):
         The vision encoder's router logits, as in `routing`.
     routing (`CTMoERoutingOutput`, *optional*):
         How the volumes were routed.
+    rope_deltas (`torch.Tensor` of shape `(batch_size, 1)`, *optional*):
+        See [`CTMoEModelOutputWithPast`].
     """
 
     loss: torch.Tensor | None = None
@@ -235,6 +247,7 @@ class CTMoECausalLMOutputWithPast(ModelOutput):
     image_hidden_states: torch.Tensor | None = None
     router_logits: tuple[torch.Tensor] | None = None
     routing: CTMoERoutingOutput | None = None
+    rope_deltas: torch.Tensor | None = None
 
 
 class CTMoERouting(NamedTuple):
@@ -252,17 +265,52 @@ class CTMoERouting(NamedTuple):
     token_index: torch.Tensor
 
 
-class CTMoEDepthRotaryEmbedding(nn.Module):
-    """Rotary embedding (RoFormer) of slice positions in millimetres: angle_i = 2 pi p / wavelength_i, in float32.
+class CTMoERotaryEmbedding(nn.Module):
+    """Rotary embedding (RoFormer) in float32: of slice positions in millimetres and, in some bases, of the plane.
 
-    It has no parameters and is the identity at p = 0, so one slice passes as it did in the base.
+    The slice position turns by angle_i = 2 pi p / wavelength_i. It has no parameters and is the identity at p = 0, so
+    one slice passes as it did in the base.
     """
 
     def __init__(self, config: CTMoEVisionConfig):
         super().__init__()
         self.config = config
 
-    def forward(self, slice_positions: torch.Tensor, num_tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+    def forward(self, slice_positions: torch.Tensor, num_tokens: int) -> tuple[tuple | None, tuple | None]:
+        """Micrometres `(V, S)` to cosines and sines for volume layers `(V, 1, S * N, dim)` and slice layers
+        `(1, 1, N, dim)`, None where nothing turns."""
+        depth = self._depth_angles(slice_positions) if self.config.depth_rotary_dim else None
+        # CODEPATH: Qwen-VL turns by row and column in every layer.
+        if self.config.rotary_theta is None:
+            if depth is None:
+                return None, None
+            return _cos_sin(depth.repeat_interleave(num_tokens, dim=1).unsqueeze(1)), None
+        plane = self._plane_angles(slice_positions.device)
+        volume = plane.expand(*slice_positions.shape, -1, -1)
+        if depth is not None:
+            # Pairs come by row and then by column, each from the highest frequency to the lowest.
+            volume = volume.clone()
+            pairs = self._depth_pairs(depth.shape[-1], plane.shape[-1])
+            volume[..., pairs] += depth.unsqueeze(2)
+        return _cos_sin(volume.flatten(1, 2).unsqueeze(1)), _cos_sin(plane[None, None])
+
+    def _plane_angles(self, device: torch.device) -> torch.Tensor:
+        """`(N, head_dim / 2)`: those of the row, then those of the column."""
+        dim = self.config.hidden_size // self.config.num_attention_heads // 2
+        exponents = torch.arange(0, dim, 2, device=device, dtype=torch.float32) / dim
+        frequencies = 1.0 / self.config.rotary_theta**exponents
+        places = torch.arange(self.config.grid_size, device=device, dtype=torch.float32)[:, None] * frequencies
+        rows = places[:, None].expand(-1, len(places), -1)
+        columns = places[None].expand(len(places), -1, -1)
+        return torch.cat([rows, columns], dim=-1).flatten(0, 1)
+
+    def _depth_pairs(self, number: int, available: int) -> list[int]:
+        per_axis = available // 2
+        half = (number + 1) // 2
+        return [*range(per_axis - half, per_axis), *range(available - (number - half), available)]
+
+    def _depth_angles(self, slice_positions: torch.Tensor) -> torch.Tensor:
+        """`(V, S, depth_rotary_dim / 2)`."""
         shortest, longest = self.config.depth_wavelengths_mm
         wavelengths = torch.logspace(
             math.log10(shortest),
@@ -272,9 +320,12 @@ class CTMoEDepthRotaryEmbedding(nn.Module):
             dtype=torch.float32,
         )
         millimetres = slice_positions.float() / 1000  # micrometres are integers: exact up to 16 m
-        angles = 2 * math.pi * millimetres[..., None] / wavelengths  # (V, S, rotary_dim / 2)
-        angles = torch.cat([angles, angles], dim=-1).repeat_interleave(num_tokens, dim=1)
-        return angles.cos().unsqueeze(1), angles.sin().unsqueeze(1)  # (V, 1, S * N, rotary_dim)
+        return 2 * math.pi * millimetres[..., None] / wavelengths
+
+
+def _cos_sin(angles: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    angles = torch.cat([angles, angles], dim=-1)
+    return angles.cos(), angles.sin()
 
 
 def rotate_half(hidden_states: torch.Tensor) -> torch.Tensor:
@@ -283,8 +334,8 @@ def rotate_half(hidden_states: torch.Tensor) -> torch.Tensor:
     return torch.cat([-second, first], dim=-1)
 
 
-def apply_depth_rotary(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
-    """Rotates the leading channels of queries or keys `(V, heads, S * N, head_dim)`; the rest carries no depth."""
+def apply_rotary(states: torch.Tensor, cos: torch.Tensor, sin: torch.Tensor) -> torch.Tensor:
+    """Rotates the leading channels of queries or keys `(V, heads, S * N, head_dim)`; the rest stays as it is."""
     rotated, kept = states.split([cos.shape[-1], states.shape[-1] - cos.shape[-1]], dim=-1)
     rotated = rotated.float()
     rotated = rotated * cos + rotate_half(rotated) * sin
@@ -330,34 +381,49 @@ class CTMoEVisionEmbeddings(nn.Module):
     def __init__(self, config: CTMoEVisionConfig):
         super().__init__()
         self.config = config
-        self.patch_embedding = nn.Conv2d(
-            config.num_channels,
-            config.hidden_size,
-            kernel_size=config.patch_size,
-            stride=config.patch_size,
-            bias=config.patch_bias,
+        # CODEPATH: Qwen-VL has patches of two frames.
+        size, convolution = (config.patch_size, config.patch_size), nn.Conv2d
+        if config.temporal_patch_size > 1:
+            size, convolution = (config.temporal_patch_size, *size), nn.Conv3d
+        self.patch_embedding = convolution(
+            config.num_channels, config.hidden_size, kernel_size=size, stride=size, bias=config.patch_bias
         )
         # CODEPATH: CLIP and InternViT have a class token, SigLIP has none.
         self.class_embedding = nn.Parameter(torch.empty(config.hidden_size)) if config.class_token else None
-        self.position_embedding = nn.Embedding(config.num_slice_tokens, config.hidden_size)
+        # CODEPATH: Qwen2.5-VL has rotary positions only.
+        self.position_embedding = (
+            nn.Embedding(config.num_positions, config.hidden_size) if config.position_embedding else None
+        )
         self.scale_embedding = CTMoEScaleEmbedding(config)
 
     def forward(self, pixel_values: torch.Tensor, volume_scale: torch.Tensor) -> torch.Tensor:
         """`(V, S, 3, height, width)` and `(V, 2)` to `(V * S, N, D)`."""
         num_volumes, num_slices = pixel_values.shape[:2]
-        dtype = self.patch_embedding.weight.dtype
-        embeddings = self.patch_embedding(pixel_values.flatten(0, 1).to(dtype)).flatten(2).transpose(1, 2)
+        pixels = pixel_values.flatten(0, 1).to(self.patch_embedding.weight.dtype)
+        if self.config.temporal_patch_size > 1:
+            pixels = pixels.unsqueeze(2).expand(-1, -1, self.config.temporal_patch_size, -1, -1)
+        embeddings = self.patch_embedding(pixels).flatten(2).transpose(1, 2)
         # The scale goes to the patches only. Added to the positions first: once per volume and not per slice.
         offset = self.scale_embedding(volume_scale).unsqueeze(1).expand(-1, embeddings.shape[1], -1)
         if self.class_embedding is not None:
             class_embeds = self.class_embedding.expand(num_volumes * num_slices, 1, -1)
             embeddings = torch.cat([class_embeds, embeddings], dim=1)
             offset = nn.functional.pad(offset, (0, 0, 1, 0))
-        # Looked up and not read from its weight, so that the hooks of offloading run.
-        positions = torch.arange(embeddings.shape[1], device=embeddings.device)
-        offset = self.position_embedding(positions) + offset  # (V, N, D)
+        if self.position_embedding is not None:
+            offset = self._positions(embeddings.device) + offset  # (V, N, D)
         embeddings = (embeddings.unflatten(0, (num_volumes, num_slices)) + offset.unsqueeze(1)).flatten(0, 1)
         return embeddings.contiguous()  # of a convolution, which leaves its channels last
+
+    def _positions(self, device: torch.device) -> torch.Tensor:
+        """`(N, D)`, looked up and not read from their weight, so that the hooks of offloading run."""
+        positions = self.position_embedding(torch.arange(self.config.num_positions, device=device))
+        side, grid = self.config.position_grid, self.config.grid_size
+        # CODEPATH: Qwen3-VL resamples a grid of its own.
+        if side is None or side == grid:
+            return positions
+        positions = positions.unflatten(0, (side, side)).permute(2, 0, 1)[None]
+        resampled = nn.functional.interpolate(positions.float(), (grid, grid), mode="bilinear", align_corners=True)
+        return resampled[0].permute(1, 2, 0).flatten(0, 1).to(positions.dtype)
 
 
 class CTMoEVisionAttention(nn.Module):
@@ -369,9 +435,13 @@ class CTMoEVisionAttention(nn.Module):
         self.head_dim = config.hidden_size // config.num_attention_heads
         self.scaling = self.head_dim**-0.5
         self.is_causal = False
-        self.q_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=config.attention_bias)
-        self.k_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=config.attention_bias)
-        self.v_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=config.attention_bias)
+        # CODEPATH: Qwen-VL keeps the three in one matrix.
+        if config.fused_qkv:
+            self.qkv = nn.Linear(config.hidden_size, 3 * config.hidden_size, bias=config.attention_bias)
+        else:
+            self.q_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=config.attention_bias)
+            self.k_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=config.attention_bias)
+            self.v_proj = nn.Linear(config.hidden_size, config.hidden_size, bias=config.attention_bias)
         self.out_proj = nn.Linear(config.hidden_size, config.hidden_size)
         self.q_norm = nn.RMSNorm(config.hidden_size, eps=config.layer_norm_eps) if config.qk_norm else nn.Identity()
         self.k_norm = nn.RMSNorm(config.hidden_size, eps=config.layer_norm_eps) if config.qk_norm else nn.Identity()
@@ -385,12 +455,16 @@ class CTMoEVisionAttention(nn.Module):
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         input_shape = hidden_states.shape[:-1]
         hidden_shape = (*input_shape, -1, self.head_dim)
-        queries = self.q_norm(self.q_proj(hidden_states)).view(hidden_shape).transpose(1, 2)
-        keys = self.k_norm(self.k_proj(hidden_states)).view(hidden_shape).transpose(1, 2)
-        values = self.v_proj(hidden_states).view(hidden_shape).transpose(1, 2)
+        if self.config.fused_qkv:
+            queries, keys, values = self.qkv(hidden_states).chunk(3, dim=-1)
+        else:
+            queries, keys, values = self.q_proj(hidden_states), self.k_proj(hidden_states), self.v_proj(hidden_states)
+        queries = self.q_norm(queries).view(hidden_shape).transpose(1, 2)
+        keys = self.k_norm(keys).view(hidden_shape).transpose(1, 2)
+        values = values.view(hidden_shape).transpose(1, 2)
         if position_embeddings is not None:
-            queries = apply_depth_rotary(queries, *position_embeddings)
-            keys = apply_depth_rotary(keys, *position_embeddings)
+            queries = apply_rotary(queries, *position_embeddings)
+            keys = apply_rotary(keys, *position_embeddings)
 
         attention_interface: Callable = ALL_ATTENTION_FUNCTIONS.get_interface(
             self.config._attn_implementation, eager_attention_forward
@@ -415,9 +489,13 @@ class CTMoEVisionMLP(nn.Module):
         super().__init__()
         self.act_fn = ACT2FN[config.hidden_act]
         self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
+        # CODEPATH: Qwen2.5-VL has a gate.
+        self.gate = nn.Linear(config.hidden_size, config.intermediate_size) if config.gated_mlp else None
         self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
 
     def forward(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        if self.gate is not None:
+            return self.fc2(self.act_fn(self.gate(hidden_states)) * self.fc1(hidden_states))
         return self.fc2(self.act_fn(self.fc1(hidden_states)))
 
 
@@ -551,7 +629,9 @@ class CTMoEVisionLayer(GradientCheckpointingLayer):
     def __init__(self, config: CTMoEVisionConfig, layer_idx: int):
         super().__init__()
         norm = nn.RMSNorm if config.norm_type == "rms_norm" else nn.LayerNorm
+        self.config = config
         self.is_volume_layer = layer_idx in config.volume_layers
+        self.has_windows = config.window_size is not None and layer_idx not in config.full_attention_layers
         self.self_attn = CTMoEVisionAttention(config)
         self.layer_norm1 = norm(config.hidden_size, eps=config.layer_norm_eps)
         self.mlp = CTMoEVisionMLP(config)
@@ -568,6 +648,7 @@ class CTMoEVisionLayer(GradientCheckpointingLayer):
         *routing: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
         position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
+        slice_position_embeddings: tuple[torch.Tensor, torch.Tensor] | None = None,
         slicewise: bool = False,
         ffn_output: torch.Tensor | None = None,
         output_ffn: bool = False,
@@ -588,16 +669,25 @@ class CTMoEVisionLayer(GradientCheckpointingLayer):
         if self.is_volume_layer and not slicewise:
             hidden_states = hidden_states.view(volume_shape)
         else:
-            attention_mask = position_embeddings = None
+            attention_mask, position_embeddings = None, slice_position_embeddings
 
         if ffn_output is None:
             residual = hidden_states
+            hidden_states = self.layer_norm1(hidden_states)
+            # CODEPATH: Qwen2.5-VL attends in windows in most layers.
+            if self.has_windows:
+                hidden_states = self._to_windows(hidden_states)
+                attention_mask, position_embeddings = self._window_inputs(
+                    len(residual), attention_mask, position_embeddings
+                )
             hidden_states, _ = self.self_attn(
-                self.layer_norm1(hidden_states),
+                hidden_states,
                 attention_mask=attention_mask,
                 position_embeddings=position_embeddings,
                 **kwargs,
             )
+            if self.has_windows:
+                hidden_states = self._from_windows(hidden_states, len(residual))
             if self.layer_scale1 is not None:
                 hidden_states = self.layer_scale1 * hidden_states
             hidden_states = residual + hidden_states
@@ -615,6 +705,32 @@ class CTMoEVisionLayer(GradientCheckpointingLayer):
             hidden_states = self.layer_scale2 * hidden_states
         hidden_states = residual + hidden_states
         return hidden_states.view(slice_shape), router_logits, unsteered
+
+    def _to_windows(self, tokens: torch.Tensor) -> torch.Tensor:
+        """`(batch_size, S * N, D)` to `(batch_size * windows, S * window tokens, D)`."""
+        size, number = self.config.window_size, self.config.grid_size // self.config.window_size
+        grid = tokens.unflatten(1, (-1, number, size, number, size))
+        return grid.permute(0, 2, 4, 1, 3, 5, 6).flatten(3, 5).flatten(0, 2)
+
+    def _from_windows(self, tokens: torch.Tensor, batch_size: int) -> torch.Tensor:
+        size, number = self.config.window_size, self.config.grid_size // self.config.window_size
+        grid = tokens.unflatten(0, (batch_size, number, number)).unflatten(3, (-1, size, size))
+        return grid.permute(0, 3, 1, 4, 2, 5, 6).flatten(1, 5)
+
+    def _window_inputs(
+        self, batch_size: int, mask: torch.Tensor | None, position_embeddings: tuple[torch.Tensor, torch.Tensor] | None
+    ) -> tuple[torch.Tensor | None, tuple[torch.Tensor, torch.Tensor] | None]:
+        """Mask and positions of every window."""
+        if mask is not None:
+            if not isinstance(mask, torch.Tensor) or mask.ndim != 4 or mask.shape[2] != 1:
+                raise ModelError("attention", "windows need sdpa or eager", "Load with attn_implementation sdpa")
+            mask = self._to_windows(mask[:, 0, 0, :, None])[:, None, None, :, 0]
+        if position_embeddings is not None:
+            windows = [self._to_windows(part[:, 0]).unsqueeze(1) for part in position_embeddings]
+            # Slices share theirs: one set for every window, repeated for every slice.
+            repeats = batch_size // len(position_embeddings[0])
+            position_embeddings = tuple(part.repeat(repeats, 1, 1, 1) for part in windows)
+        return mask, position_embeddings
 
 
 class CTMoEGuideEncoder(nn.Module):
@@ -664,22 +780,24 @@ class CTMoEOffsetRMSNorm(nn.Module):
 class CTMoEMultiModalProjector(nn.Module):
     """The base's projector, or one like it from another encoder of width `hidden_size`: norm, one or two layers."""
 
-    def __init__(self, config: CTMoEConfig, hidden_size: int | None = None):
+    def __init__(self, config: CTMoEConfig, hidden_size: int | None = None, norm: str | None = None):
         super().__init__()
         bias, text_size = config.multimodal_projector_bias, config.text_config.hidden_size
+        inner_size = text_size if config.projector_layers == 1 else config.projector_hidden_size or text_size
+        norm = norm or config.projector_norm
         if hidden_size is None:
             stacked = config.merge_size**2 if config.merge_mode == "stack" else 1
             hidden_size = config.vision_config.hidden_size * stacked
         # CODEPATH: InternVL and Gemma 3 have a norm, LLaVA and PaliGemma have none.
         self.norm = nn.Identity()
-        if config.projector_norm == "layer_norm":
+        if norm == "layer_norm":
             self.norm = nn.LayerNorm(hidden_size, eps=config.projector_norm_eps)
-        elif config.projector_norm == "offset_rms_norm":
+        elif norm == "offset_rms_norm":
             self.norm = CTMoEOffsetRMSNorm(hidden_size, eps=config.projector_norm_eps)
-        self.linear_1 = nn.Linear(hidden_size, text_size, bias=bias)
+        self.linear_1 = nn.Linear(hidden_size, inner_size, bias=bias)
         # CODEPATH: Gemma 3 and PaliGemma have one layer.
         self.act = ACT2FN[config.projector_hidden_act] if config.projector_layers == 2 else nn.Identity()
-        self.linear_2 = nn.Linear(text_size, text_size, bias=bias) if config.projector_layers == 2 else nn.Identity()
+        self.linear_2 = nn.Linear(inner_size, text_size, bias=bias) if config.projector_layers == 2 else nn.Identity()
 
     def forward(self, image_features: torch.Tensor) -> torch.Tensor:
         return self.linear_2(self.act(self.linear_1(self.norm(image_features))))
@@ -797,16 +915,17 @@ class CTMoEVisionModel(CTMoEPreTrainedModel):
 
     def __init__(self, config: CTMoEVisionConfig):
         super().__init__(config)
-        # `norm_type` is that of the layers: no base has another norm than this around them.
+        # `norm_type` is that of the layers.
         self.embeddings = CTMoEVisionEmbeddings(config)
         self.pre_layernorm = (
             nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps) if config.pre_layernorm else nn.Identity()
         )
         self.layers = nn.ModuleList(CTMoEVisionLayer(config, i) for i in range(config.num_read_layers))
+        post_norm = nn.RMSNorm if config.post_norm_type == "rms_norm" else nn.LayerNorm
         self.post_layernorm = (
-            nn.LayerNorm(config.hidden_size, eps=config.layer_norm_eps) if config.post_layernorm else nn.Identity()
+            post_norm(config.hidden_size, eps=config.layer_norm_eps) if config.post_layernorm else nn.Identity()
         )
-        self.depth_rotary = CTMoEDepthRotaryEmbedding(config)
+        self.rotary = CTMoERotaryEmbedding(config)
         self.post_init()
 
     @merge_with_config_defaults
@@ -847,6 +966,12 @@ class CTMoEVisionModel(CTMoEPreTrainedModel):
             self._check_shapes(num_volumes, num_slices, slice_mask, slice_positions, patch_mask, volume_scale)
             hidden_states = prefix_hidden_states.flatten(0, 1)
             first_layer = first_volume_layer if slicewise else first_moe_layer
+            if any(layer_idx < first_layer for layer_idx in self.config.deepstack_layers):
+                raise ModelError(
+                    "prefix_hidden_states",
+                    "of a base whose language model reads earlier layers as well",
+                    "Pass pixel_values: this kind of base encodes a scan anew for every question",
+                )
         device = hidden_states.device
         num_tokens = hidden_states.shape[1]
         if slice_mask is None:
@@ -855,13 +980,13 @@ class CTMoEVisionModel(CTMoEPreTrainedModel):
             slice_positions = torch.zeros(num_volumes, num_slices, dtype=torch.int32, device=device)
 
         attention_mask = self._attention_mask(hidden_states.unflatten(0, (num_volumes, num_slices)), slice_mask)
-        # CODEPATH: a rotary fraction of 0 is the ablation without depth positions.
-        position_embeddings = self.depth_rotary(slice_positions, num_tokens) if self.config.depth_rotary_dim else None
+        position_embeddings, slice_position_embeddings = self.rotary(slice_positions, num_tokens)
         routing = self._prepare_routing(slice_mask, patch_mask, num_tokens, guide, task_index, task_gate)
 
         router_logits = ()
         # Kept only on request: they would stay in memory until the last layer.
         prefixes, unsteered = {}, None
+        deepstack = ()
         for layer_idx, layer in enumerate(self.layers[first_layer:], start=first_layer):
             is_before = layer_idx in (first_moe_layer, first_volume_layer) and ffn_output is None
             if output_prefix_hidden_states and is_before:
@@ -873,12 +998,15 @@ class CTMoEVisionModel(CTMoEPreTrainedModel):
                 *routing,
                 attention_mask=attention_mask,
                 position_embeddings=position_embeddings,
+                slice_position_embeddings=slice_position_embeddings,
                 slicewise=slicewise,
                 ffn_output=ffn_output,
                 output_ffn=output_ffn,
                 **kwargs,
             )
             ffn_output = None
+            if layer_idx in self.config.deepstack_layers:
+                deepstack += (hidden_states.unflatten(0, (num_volumes, num_slices)),)
             if output_ffn:
                 unsteered = layer_unsteered.unflatten(1, (num_volumes, num_slices))
             if layer_logits is not None:
@@ -893,6 +1021,7 @@ class CTMoEVisionModel(CTMoEPreTrainedModel):
             token_mask=routing.token_mask.long(),
             prefix_hidden_states=prefixes.get(first_moe_layer),
             moe_hidden_states=unsteered,
+            deepstack_hidden_states=deepstack or None,
             slice_prefix_hidden_states=prefixes.get(first_volume_layer),
         )
 
@@ -1092,6 +1221,10 @@ class CTMoEModel(CTMoEPreTrainedModel):
         super().__init__(config)
         self.vision_tower = CTMoEVisionModel._from_config(config.vision_config)
         self.multi_modal_projector = CTMoEMultiModalProjector(config)
+        # CODEPATH: in Qwen3-VL the language model reads several layers.
+        self.deepstack_projectors = nn.ModuleList(
+            CTMoEMultiModalProjector(config, norm="layer_norm") for _ in config.vision_config.deepstack_layers
+        )
         # CODEPATH: LLaVA-OneVision closes an image with a learned token; Phi-3-V closes rows, before the projector.
         ends, rows = config.separators == "end", config.separators == "rows"
         self.end_token = nn.Parameter(torch.empty(config.text_config.hidden_size)) if ends else None
@@ -1251,6 +1384,7 @@ class CTMoEModel(CTMoEPreTrainedModel):
                 visual_tokens = [self._separate_rows(tokens, cells.shape[2]) for tokens in visual_tokens]
             lengths = [len(tokens) for tokens in visual_tokens]
             visual_tokens = list(self.multi_modal_projector(torch.cat(visual_tokens)).split(lengths))
+        deepstack = self._project_deepstack(outputs.deepstack_hidden_states, slice_mask)
         if self.end_token is not None:
             visual_tokens = [torch.cat([tokens, self.end_token[None].to(tokens.dtype)]) for tokens in visual_tokens]
         losses = {}
@@ -1261,6 +1395,7 @@ class CTMoEModel(CTMoEPreTrainedModel):
         return CTMoEImageFeatures(
             last_hidden_state=outputs.last_hidden_state,
             pooler_output=visual_tokens,
+            deepstack_output=deepstack,
             hidden_states=outputs.hidden_states,
             attentions=outputs.attentions,
             prefix_hidden_states=outputs.prefix_hidden_states if output_prefix_hidden_states else None,
@@ -1365,6 +1500,19 @@ class CTMoEModel(CTMoEPreTrainedModel):
         # A matrix product per volume, which sums in float32 whatever the dtype.
         weighted = [torch.tensordot(s, own, dims=1) for s, own in zip(weights, slices.split(num_real))]
         return [torch.cat([own.flatten(0, 1), sum_]) for own, sum_ in zip(cells.split(num_cells), weighted)], scores
+
+    def _project_deepstack(
+        self, hidden_states: tuple[torch.Tensor, ...] | None, slice_mask: torch.Tensor
+    ) -> list[torch.Tensor] | None:
+        """Per volume `(tokens, layers, D_text)`: what the first layers of the language model add to its tokens."""
+        if hidden_states is None:
+            return None
+        layers = []
+        for states, projector in zip(hidden_states, self.deepstack_projectors):
+            cells, cell_mask = self._pool_tower(states, slice_mask)
+            layers.append(projector(cells[cell_mask]))
+        stacked = torch.stack(layers, dim=2)  # (cells of all volumes, tokens per cell, layers, D_text)
+        return [row.flatten(0, 1) for row in stacked.split(cell_mask.sum(dim=1).tolist())]
 
     def _separate_rows(self, tokens: torch.Tensor, tokens_per_cell: int) -> torch.Tensor:
         """`(tokens, D)` of one volume with a token behind every row, then one more and the mean over its slices."""
@@ -1486,6 +1634,36 @@ class CTMoEModel(CTMoEPreTrainedModel):
             return torch.zeros(inputs_embeds.shape[:2], dtype=torch.long, device=inputs_embeds.device)
         return torch.where(token_type_ids == 0, 0, -1)
 
+    def _axial_positions(
+        self, placeholders: torch.Tensor, lengths: list[int], attention_mask: torch.Tensor | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Slice, row and column of every token, `(3, batch_size, sequence_length)`, all three alike for text.
+
+        Text goes on behind the longest side of a volume; `(batch_size, 1)` is what that adds to the number of tokens.
+        """
+        grid = self.config.vision_config.grid_size // self.config.merge_size
+        rows, columns = (num_pooled_cells((grid,), [step]) for step in self.config.pool[1:])
+        positions = torch.zeros(3, *placeholders.shape, dtype=torch.long, device=placeholders.device)
+        deltas = []
+        volumes = iter(lengths)
+        for row, inside in enumerate(placeholders):
+            real = torch.ones_like(inside) if attention_mask is None else attention_mask[row].bool()
+            inside = inside[real].cpu()
+            places = torch.arange(len(inside)).repeat(3, 1)
+            visual, shift = inside.nonzero()[:, 0].tolist(), 0
+            while visual:
+                first, length = visual[0], next(volumes)
+                axes = (torch.arange(number) for number in (length // (rows * columns), rows, columns))
+                cells = torch.stack(torch.meshgrid(*axes, indexing="ij")).flatten(1)
+                cells = cells * torch.tensor(self.config.pool)[:, None]  # in units of the base's own tokens
+                places[:, first : first + length] = cells + first + shift
+                shift += max(int(cells.max()) + 1, grid) - length
+                places[:, first + length :] = torch.arange(first + length, len(inside)) + shift
+                visual = visual[length:]
+            positions[:, row, real] = places.to(positions.device)
+            deltas.append(shift)
+        return positions, torch.tensor(deltas, device=positions.device).unsqueeze(1)
+
     def _segment_mask(
         self,
         segment_ids: torch.Tensor,
@@ -1498,8 +1676,10 @@ class CTMoEModel(CTMoEPreTrainedModel):
         if attention not in ("sdpa", "eager"):
             raise ModelError("segment_ids", f"cannot be masked in {attention!r}", "Load with attn_implementation sdpa")
         windows = "sliding_attention" in (getattr(self.language_model.config, "layer_types", None) or [])
-        if windows or self.config.image_attention != "causal":
-            raise ModelError("segment_ids", "need causal attention without windows", "Set questions_per_scan to 1")
+        if windows or self.config.image_attention != "causal" or self.config.position_axes != 1:
+            raise ModelError(
+                "segment_ids", "need causal attention, no windows, plain positions", "Set questions_per_scan to 1"
+            )
         if position_ids is None:
             raise ModelError("segment_ids", "given without position_ids", "Count on from the shared part in each")
         seen = (segment_ids[:, None, :] == 0) | (segment_ids[:, None, :] == segment_ids[:, :, None])
@@ -1579,6 +1759,16 @@ class CTMoEModel(CTMoEPreTrainedModel):
                 position_ids,
                 block_sequence_ids=blocks,
             )
+        rope_deltas = None
+        # CODEPATH: Qwen-VL places visual tokens by slice, row and column.
+        if placeholders is not None and position_ids is None and self.config.position_axes == 3:
+            lengths = [len(tokens) for tokens in features.pooler_output]
+            position_ids, rope_deltas = self._axial_positions(placeholders[..., 0], lengths, attention_mask)
+        # CODEPATH: in Qwen3-VL the first layers of the language model add what earlier layers of the tower saw.
+        if features is not None and features.deepstack_output is not None:
+            kwargs["visual_pos_masks"] = placeholders[..., 0]
+            stacked = torch.cat(features.deepstack_output).to(inputs_embeds.device, inputs_embeds.dtype)
+            kwargs["deepstack_visual_embeds"] = list(stacked.unbind(dim=1))
         outputs = self.language_model(
             attention_mask=attention_mask,
             position_ids=position_ids,
@@ -1595,6 +1785,7 @@ class CTMoEModel(CTMoEPreTrainedModel):
             image_hidden_states=image_hidden_states,
             router_logits=None if routing is None else routing.router_logits,
             routing=routing,
+            rope_deltas=rope_deltas,
         )
 
 
@@ -1665,9 +1856,22 @@ class CTMoEForConditionalGeneration(CTMoEPreTrainedModel, GenerationMixin):
 
     def prepare_inputs_for_generation(self, *args, **kwargs):
         inputs = super().prepare_inputs_for_generation(*args, **kwargs)
+        rope_deltas = inputs.pop("rope_deltas", None)
         if inputs.get("position_ids") is not None and self.config.first_position:
             inputs["position_ids"] = inputs["position_ids"] + self.config.first_position
+        # CODEPATH: Qwen-VL. `forward` places a prompt; what follows counts on behind it.
+        if self.config.position_axes == 3:
+            if rope_deltas is not None:
+                inputs["position_ids"] = inputs["position_ids"] + rope_deltas
+            elif inputs.get("pixel_values") is not None or inputs.get("mm_encoder_outputs"):
+                inputs["position_ids"] = None
         return inputs
+
+    def _update_model_kwargs_for_generation(self, outputs, model_kwargs, *args, **kwargs):
+        model_kwargs = super()._update_model_kwargs_for_generation(outputs, model_kwargs, *args, **kwargs)
+        if outputs.get("rope_deltas") is not None:
+            model_kwargs["rope_deltas"] = outputs.rope_deltas
+        return model_kwargs
 
     @staticmethod
     def create_masks_for_generate(config, inputs_embeds, attention_mask, *args, **kwargs):
@@ -1689,9 +1893,16 @@ class CTMoEForConditionalGeneration(CTMoEPreTrainedModel, GenerationMixin):
 
     def _expand_multimodal_outputs(self, input_ids, mm_encoder_output, **kwargs) -> dict[str, CTMoEImageFeatures]:
         # The library writes one entry per beam into the caller's own features. A copy keeps them for another question.
-        return super()._expand_multimodal_outputs(
+        expanded = super()._expand_multimodal_outputs(
             input_ids, {name: copy(features) for name, features in mm_encoder_output.items()}, **kwargs
         )
+        for name, features in mm_encoder_output.items():
+            if features.deepstack_output is not None:
+                stacked = copy(features)
+                stacked.pooler_output = features.deepstack_output
+                stacked = super()._expand_multimodal_outputs(input_ids, {name: stacked}, **kwargs)[name]
+                expanded[name].deepstack_output = stacked.pooler_output
+        return expanded
 
     @can_return_tuple
     @auto_docstring(custom_args=VOLUME_ARGS)
@@ -1757,6 +1968,7 @@ class CTMoEForConditionalGeneration(CTMoEPreTrainedModel, GenerationMixin):
             image_hidden_states=outputs.image_hidden_states,
             router_logits=outputs.router_logits,
             routing=outputs.routing,
+            rope_deltas=outputs.rope_deltas,
         )
 
 

@@ -24,11 +24,23 @@ from .llava import LLAVA
 from .llava_onevision import LLAVA_ONEVISION
 from .paligemma import PALIGEMMA
 from .phi3_v import PHI3_V
+from .qwen_vl import QWEN2_5_VL, QWEN3_VL
 from .towers import TOWERS
 
 
 FAMILIES: dict[str, Family] = {
-    family.model_type: family for family in (LLAVA, GEMMA3, PALIGEMMA, LLAVA_ONEVISION, INTERNVL, PHI3_V, DINOV2)
+    family.model_type: family
+    for family in (
+        LLAVA,
+        LLAVA_ONEVISION,
+        PHI3_V,
+        GEMMA3,
+        PALIGEMMA,
+        INTERNVL,
+        QWEN2_5_VL,
+        QWEN3_VL,
+        DINOV2,
+    )
 }
 
 __all__ = ["FAMILIES", "TOWERS", "Family", "Tower"]

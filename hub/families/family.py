@@ -89,6 +89,7 @@ class Family:
         fresh: patterns of what neither base nor conversion fills, with the part of the model: new parameters.
         base_inputs: one slice `(1, 3, height, width)`, `input_ids` and its config -> what else the base's own forward
             takes.
+        image_size: pixels along a side of a slice, where the base leaves them open; a conversion may set others.
         image_text: (what the base's chat template writes for an image, what its processor makes of that, with one
             placeholder where visual tokens go), given the placeholder.
         chat_template: for bases that have none.
@@ -112,6 +113,7 @@ class Family:
     )
     run_base: Callable[..., torch.Tensor] | None = None
     fresh: list[tuple[str, str]] = field(default_factory=list)
+    image_size: int | None = None
     base_inputs: Callable[[torch.Tensor, torch.Tensor, PreTrainedConfig], dict[str, Any]] = (
         lambda pixels, input_ids, config: {"pixel_values": pixels}
     )

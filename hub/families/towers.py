@@ -131,7 +131,70 @@ DINOV2 = Tower(
     refuse=lambda config: _square_only(config) or ("a SwiGLU FFN (giant)" if config.use_swiglu_ffn else None),
 )
 
+_QWEN_RULES = [
+    Rule(r"patch_embed\.proj\.(.+)", r"embeddings.patch_embedding.\1"),
+    Rule(r"blocks\.(\d+)\.norm([12])\.(.+)", r"layers.\1.layer_norm\2.\3"),
+    Rule(r"blocks\.(\d+)\.attn\.qkv\.(.+)", r"layers.\1.self_attn.qkv.\2"),
+    Rule(r"blocks\.(\d+)\.attn\.proj\.(.+)", r"layers.\1.self_attn.out_proj.\2"),
+]
+_QWEN_FIELDS = {
+    "hidden_size": "hidden_size",
+    "intermediate_size": "intermediate_size",
+    "num_hidden_layers": "depth",
+    "num_attention_heads": "num_heads",
+    "num_channels": "in_channels",
+    "hidden_act": "hidden_act",
+    "patch_size": "patch_size",
+    "temporal_patch_size": "temporal_patch_size",
+    "initializer_range": "initializer_range",
+}
+_QWEN_CONSTANTS = {**_PLAIN, "layer_norm_eps": 1e-6, "fused_qkv": True}
+
+QWEN2_5_VL = Tower(
+    rules=[
+        *_QWEN_RULES,
+        Rule(r"blocks\.(\d+)\.mlp\.gate_proj\.(.+)", r"layers.\1.mlp.gate.\2"),
+        Rule(r"blocks\.(\d+)\.mlp\.up_proj\.(.+)", r"layers.\1.mlp.fc1.\2"),
+        Rule(r"blocks\.(\d+)\.mlp\.down_proj\.(.+)", r"layers.\1.mlp.fc2.\2"),
+        Rule(r"merger\.ln_q\.(.+)", r"post_layernorm.\1"),
+    ],
+    unread=[],
+    fields=_QWEN_FIELDS,
+    constants={
+        **_QWEN_CONSTANTS,
+        "patch_bias": False,
+        "norm_type": "rms_norm",
+        "post_norm_type": "rms_norm",
+        "gated_mlp": True,
+        "position_embedding": False,
+    },
+    settings=lambda config: {
+        "rotary_theta": config.rope_parameters["rope_theta"],
+        "window_size": config.window_size // config.patch_size,
+        "full_attention_layers": list(config.fullatt_block_indexes),
+    },
+)
+
+QWEN3_VL = Tower(
+    rules=[
+        *_QWEN_RULES,
+        Rule(r"pos_embed\.(.+)", r"embeddings.position_embedding.\1"),
+        Rule(r"blocks\.(\d+)\.mlp\.linear_fc([12])\.(.+)", r"layers.\1.mlp.fc\2.\3"),
+        Rule(r"merger\.norm\.(.+)", r"post_layernorm.\1"),
+    ],
+    unread=[],
+    fields=_QWEN_FIELDS,
+    constants=_QWEN_CONSTANTS,
+    settings=lambda config: {
+        "rotary_theta": config.rope_parameters["rope_theta"],
+        "position_grid": int(config.num_position_embeddings**0.5),
+        "deepstack_layers": list(config.deepstack_visual_indexes),
+    },
+)
+
 TOWERS: dict[str, Tower] = {
+    "qwen2_5_vl_vision": QWEN2_5_VL,
+    "qwen3_vl_vision": QWEN3_VL,
     "dinov2": DINOV2,
     "clip_vision_model": CLIP,
     "siglip_vision_model": SIGLIP,

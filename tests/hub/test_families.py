@@ -39,7 +39,9 @@ def pair(request, tmp_path_factory):
         report = convert_base(base, folder / "converted", vision_tower=tower, progress=False)
         return request.param, [base, tower], folder / "converted", report
     base = build_family(request.param, folder / "base")
-    report = convert_base(base, folder / "converted", progress=False)
+    # Two windows of 4 patches along a side, and a grid of 4 patches that the learned one of 6 is resampled to.
+    size = {"qwen2_5_vl": {"image_size": 112}, "qwen3_vl": {"image_size": 64}}.get(request.param, {})
+    report = convert_base(base, folder / "converted", progress=False, **size)
     return request.param, [base], folder / "converted", report
 
 
@@ -134,7 +136,7 @@ def test_the_base_s_picture_settings_and_prompt_are_taken_over(pair):
     name, _, converted, report = pair
     processor = CTMoEProcessor.from_pretrained(converted)
     assert processor.image_processor.image_mean == (0.4, 0.5, 0.6)
-    assert processor.image_processor.size["height"] == 56
+    assert processor.image_processor.size["height"] == {"qwen2_5_vl": 112, "qwen3_vl": 64}.get(name, 56)
     messages = [{"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "Is there a nodule?"}]}]
     prompt = processor.apply_chat_template(messages, add_generation_prompt=True)
     expected = {
@@ -142,6 +144,10 @@ def test_the_base_s_picture_settings_and_prompt_are_taken_over(pair):
         "internvl": "<|user|>\n<img><IMG_CONTEXT></img>\nIs there a nodule?<|end|>\n",
         "phi3_v": "<|user|>\n<|image|>\nIs there a nodule?<|end|>\n",
         "paligemma": "<image>Is there a nodule?\n",
+        **dict.fromkeys(
+            ("qwen2_5_vl", "qwen3_vl"),
+            "<|user|>\n<|vision_start|><|image_pad|><|vision_end|>\nIs there a nodule?<|end|>\n",
+        ),
     }.get(name, "<|user|>\n<image>\nIs there a nodule?<|end|>\n")
     assert prompt.startswith(expected)
     assert ("family" in report.chat_template) == (name == "paligemma")

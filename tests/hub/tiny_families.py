@@ -14,6 +14,7 @@
 """Tiny checkpoints of every family, built with the library's own classes and written in its own format."""
 
 import json
+import re
 from pathlib import Path
 
 import torch
@@ -33,7 +34,9 @@ from transformers import (
     PaliGemmaConfig,
     Phi3ForCausalLM,
     PreTrainedTokenizerFast,
+    Qwen2_5_VLConfig,
     Qwen2ForCausalLM,
+    Qwen3VLConfig,
     SiglipImageProcessorPil,
 )
 
@@ -79,7 +82,8 @@ def build_family(name: str, folder: Path, seed: int = 0, dtype: torch.dtype = to
         return build_phi3_v(folder, seed, dtype)
     make, placeholder, written = _FAMILIES[name]
     tokenizer = _train_tokenizer(radiology_sentences())
-    tokenizer.add_special_tokens({"additional_special_tokens": sorted({placeholder, written, "<img>", "</img>"})})
+    marks = re.findall("<[^<>]+>", placeholder + written)
+    tokenizer.add_special_tokens({"additional_special_tokens": sorted({*marks, "<img>", "</img>"})})
     config = make(tokenizer, tokenizer.convert_tokens_to_ids(placeholder), changes)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -87,7 +91,7 @@ def build_family(name: str, folder: Path, seed: int = 0, dtype: torch.dtype = to
         _stir(model)
     model.generation_config = GenerationConfig(eos_token_id=tokenizer.eos_token_id, pad_token_id=0)
     model.to(dtype).save_pretrained(folder)
-    size = config.vision_config.image_size
+    size = getattr(config.vision_config, "image_size", 64)
     side = size if isinstance(size, int) else size[0]
     _write_processor(folder, tokenizer, side)
     if name != "paligemma":  # which has no chat template
@@ -263,12 +267,62 @@ def _internvl(tokenizer, image_token_id, changes):
     return InternVLConfig(vision_config=vision, text_config=text, image_token_id=image_token_id, **changes)
 
 
+def _qwen2_5_vl(tokenizer, image_token_id, changes):
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}
+    text = _text("qwen2_5_vl_text", tokenizer, changes, rope_parameters=rope)
+    vision = {
+        "depth": 4,
+        "hidden_size": 64,
+        "intermediate_size": 80,
+        "num_heads": 4,
+        "out_hidden_size": 64,
+        "patch_size": 14,
+        "window_size": 56,
+        "fullatt_block_indexes": [1, 3],
+        **changes.pop("vision_config", {}),
+    }
+    return Qwen2_5_VLConfig(
+        vision_config=vision,
+        text_config=text.to_dict(),
+        image_token_id=image_token_id,
+        video_token_id=image_token_id - 1,
+        tie_word_embeddings=False,
+        **changes,
+    )
+
+
+def _qwen3_vl(tokenizer, image_token_id, changes):
+    rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [3, 3, 2], "mrope_interleaved": True}
+    text = _text("qwen3_vl_text", tokenizer, changes, rope_parameters=rope)
+    vision = {
+        "depth": 4,
+        "hidden_size": 64,
+        "intermediate_size": 80,
+        "num_heads": 4,
+        "out_hidden_size": 64,
+        "patch_size": 16,
+        "num_position_embeddings": 36,
+        "deepstack_visual_indexes": [0, 2],
+        **changes.pop("vision_config", {}),
+    }
+    return Qwen3VLConfig(
+        vision_config=vision,
+        text_config=text.to_dict(),
+        image_token_id=image_token_id,
+        video_token_id=image_token_id - 1,
+        tie_word_embeddings=False,
+        **changes,
+    )
+
+
 # The config, the placeholder that visual tokens replace, and what the chat template writes for an image.
 _FAMILIES = {
     "llava with siglip": (_llava_siglip, "<image>", "<image>"),
     "llava_onevision": (_llava_onevision, "<image>", "<image>"),
     "gemma3": (_gemma3, "<image_soft_token>", "<start_of_image>"),
     "paligemma": (_paligemma, "<image>", "<image>"),
+    "qwen2_5_vl": (_qwen2_5_vl, "<|image_pad|>", "<|vision_start|><|image_pad|><|vision_end|>"),
+    "qwen3_vl": (_qwen3_vl, "<|image_pad|>", "<|vision_start|><|image_pad|><|vision_end|>"),
     "internvl": (_internvl, "<IMG_CONTEXT>", "<IMG_CONTEXT>"),
 }
 FAMILIES = sorted([*_FAMILIES, "phi3_v", "dinov2"])

@@ -19,7 +19,7 @@ import pytest
 import torch
 from tiny_model import tiny_config, tiny_model, volume_inputs
 
-from ct_moe.modeling_ct_moe import CTMoEDepthRotaryEmbedding, apply_depth_rotary
+from ct_moe.modeling_ct_moe import CTMoERotaryEmbedding, apply_rotary
 
 
 HEAD_DIM, ROTARY_DIM = 16, 8  # of the tiny vision config: 32 / 2 heads, half of each rotated
@@ -85,18 +85,18 @@ def test_attention_equals_a_loop_over_tokens(is_volume_layer):
 
 
 def test_position_zero_is_the_identity_bit_for_bit():
-    rotary = CTMoEDepthRotaryEmbedding(tiny_config().vision_config)
+    rotary = CTMoERotaryEmbedding(tiny_config().vision_config)
     states = torch.randn(1, 2, 6, HEAD_DIM)
-    cos, sin = rotary(torch.zeros(1, 2, dtype=torch.int32), num_tokens=3)
-    assert torch.equal(apply_depth_rotary(states, cos, sin), states)
+    (cos, sin), _ = rotary(torch.zeros(1, 2, dtype=torch.int32), num_tokens=3)
+    assert torch.equal(apply_rotary(states, cos, sin), states)
 
 
 def scores_at(micrometres: list[int]) -> torch.Tensor:
-    rotary = CTMoEDepthRotaryEmbedding(tiny_config().vision_config)
-    cos, sin = rotary(torch.tensor([micrometres], dtype=torch.int32), num_tokens=1)
+    rotary = CTMoERotaryEmbedding(tiny_config().vision_config)
+    (cos, sin), _ = rotary(torch.tensor([micrometres], dtype=torch.int32), num_tokens=1)
     generator = torch.Generator().manual_seed(0)
     queries, keys = torch.randn(2, 1, 1, len(micrometres), HEAD_DIM, generator=generator)
-    return apply_depth_rotary(queries, cos, sin) @ apply_depth_rotary(keys, cos, sin).transpose(-1, -2)
+    return apply_rotary(queries, cos, sin) @ apply_rotary(keys, cos, sin).transpose(-1, -2)
 
 
 def test_scores_depend_on_the_difference_of_positions_only():
@@ -109,10 +109,10 @@ def test_millimetres_count_and_not_slice_numbers():
 
 
 def test_bfloat16_states_are_turned_in_float32():
-    rotary = CTMoEDepthRotaryEmbedding(tiny_config().vision_config)
-    cos, sin = rotary(torch.tensor([[412_345]], dtype=torch.int32), num_tokens=1)
+    rotary = CTMoERotaryEmbedding(tiny_config().vision_config)
+    (cos, sin), _ = rotary(torch.tensor([[412_345]], dtype=torch.int32), num_tokens=1)
     states = torch.randn(1, 1, 1, HEAD_DIM).bfloat16()
-    turned = apply_depth_rotary(states, cos, sin)
+    turned = apply_rotary(states, cos, sin)
     exact = rotated(states.double().flatten(), 412_345)
     assert cos.dtype == torch.float32
     assert turned.dtype == torch.bfloat16
