@@ -11,7 +11,7 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""The command line, `ct-moe`: `convert`, `train`, `report`, `evaluate`, `check` and others (`ct-moe --help`).
+"""The command line, `ct-moe`: `convert`, `train`, `report`, `evaluate`, `push` and others (`ct-moe --help`).
 
 Every command imports what it needs when it runs, so that `--help` answers at once. Bad input ends in one line on
 stderr and exit code 1; wrong usage in exit code 2.
@@ -78,7 +78,7 @@ def _version(version: Annotated[bool, typer.Option("--version", help="Print the 
 
 @app.command()
 def convert(
-    base: Annotated[str, typer.Argument(help="Folder or Hub id of a LLaVA-style base.")],
+    base: Annotated[str, typer.Argument(help="Folder or Hub id of a 2D multimodal model of a supported family.")],
     out: Annotated[Path, typer.Argument(help="New folder for the converted model.")],
     revision: RevisionOption = None,
     dtype: Annotated[str | None, typer.Option(help="Dtype of the converted weights; by default the base's.")] = None,
@@ -95,6 +95,11 @@ def convert(
         typer.Option(help="Folder or Hub id of M3D-CLIP, whose weights the 3D encoder of med_2e3 gets."),
     ] = None,
     volume_encoder_revision: RevisionOption = None,
+    vision_tower: Annotated[
+        str | None,
+        typer.Option(help="Folder or Hub id of a DINOv2. BASE is then a causal language model, the projector new."),
+    ] = None,
+    vision_tower_revision: RevisionOption = None,
     setting: Annotated[
         list[str] | None,
         typer.Option("--set", help="Config field as NAME=JSON, e.g. --set num_experts=8 --set 'tasks=[\"report\"]'."),
@@ -108,6 +113,7 @@ def convert(
         if chat_template is not None:
             settings["chat_template"] = _read_text(chat_template)
         settings |= {"volume_encoder": volume_encoder, "volume_encoder_revision": volume_encoder_revision}
+        settings |= {"vision_tower": vision_tower, "vision_tower_revision": vision_tower_revision}
         print(convert_base(base, out, revision=revision, dtype=dtype, parity=parity, preset=preset, **settings))
     print(
         f"Wrote {out}. It was never trained on CT: take none of its reports seriously before it is. "
@@ -302,6 +308,40 @@ def tiny_base(
     print(f"Wrote {out}: random weights, it can say nothing meaningful.")
 
 
+@app.command("app")
+def serve_app(
+    model: ModelOption,
+    host: Annotated[
+        str, typer.Option(help="Address to listen on; by default this machine only. Scans are never sent elsewhere.")
+    ] = "127.0.0.1",
+    port: Annotated[int | None, typer.Option(min=1, max=65535, help="By default the first free from 7860 on.")] = None,
+    max_upload_mb: Annotated[int, typer.Option(min=1, help="Largest file that may be uploaded.")] = 512,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Longest answer.")] = 512,
+    revision: RevisionOption = None,
+    device: Annotated[str | None, typer.Option(help="cpu, cuda:0 ...; by default the first accelerator.")] = None,
+    dtype: Annotated[str, typer.Option(help="auto, float32, bfloat16 ...")] = "auto",
+) -> None:
+    """Serve a page for the browser: slices, report, questions, documents. Not a medical device."""
+    with _quiet_libraries():
+        try:
+            from ct_moe.hub.app.interface import launch
+            from ct_moe.hub.app.uploads import UploadLimits
+        except ModuleNotFoundError as error:
+            raise CTMoEError(error.name, "is not installed", 'Run: pip install "ct-moe[app]"') from error
+
+        launch(
+            model,
+            host=host,
+            port=port,
+            limits=UploadLimits(upload_mb=max_upload_mb, volume_mb=max(1024, 2 * max_upload_mb)),
+            ready=lambda address: print(f"Open {address} (Ctrl+C ends it)", flush=True),
+            max_new_tokens=max_new_tokens,
+            revision=revision,
+            device=device,
+            dtype=dtype,
+        )
+
+
 @app.command()
 def phantom(
     out: Annotated[Path, typer.Argument(help="New folder for scans, rows and labels.")],
@@ -346,13 +386,17 @@ def check(
 ) -> None:
     """Look through a download before training: lines that cannot be used, scans that are missing or broken."""
     with _quiet_libraries():
-        from ct_moe.trainers.data_sets.catalogue import find_data_set
-        from ct_moe.trainers.data_sets.check import check_data_set, check_text
+        try:
+            from ct_moe.trainers.data_sets.catalogue import find_data_set
+            from ct_moe.trainers.data_sets.check import check_data_set, check_text
+        except ModuleNotFoundError as error:
+            raise CTMoEError(error.name, "is not installed", 'Run: pip install "ct-moe[train]"') from error
 
         about = find_data_set(data)
         for new in (items, out):  # before hours of loading
-            if new is not None and not new.parent.is_dir():
-                raise CTMoEError(str(new), "is in no existing folder", "Make the folder first")
+            if new is not None and (new.is_dir() or not new.parent.is_dir()):
+                found = "is a folder" if new.is_dir() else "is in no existing folder"
+                raise CTMoEError(str(new), found, "Name a file in a folder that exists")
         found = check_data_set(data, root, split, scans=scans, intensity=intensity, items=items, workers=workers)
     print(check_text(found, about, split))
     old = [root / "dataset" / name for name in ("train", "valid")]
@@ -419,8 +463,11 @@ def evaluate(
     Several processes: accelerate launch --multi_gpu --num_processes N -m ct_moe.hub.cli evaluate ...
     """
     with _quiet_libraries():
-        from ct_moe.trainers.evaluation.evaluate import evaluate as run
-        from ct_moe.trainers.evaluation.results import format_results
+        try:
+            from ct_moe.trainers.evaluation.evaluate import evaluate as run
+            from ct_moe.trainers.evaluation.results import format_results
+        except ModuleNotFoundError as error:
+            raise CTMoEError(error.name, "is not installed", 'Run: pip install "ct-moe[train,eval]"') from error
 
         result = run(
             out,
@@ -445,8 +492,76 @@ def evaluate(
             _warn(bad)
         if result["bad_rows"]:
             _warn(f"{len(result['bad_rows'])} lines cannot be used and are not scored")
+        for unanswered in result["unanswered_rows"][:10]:
+            _warn(f"not answered: {unanswered}")
         print(format_results(result))
         print(f"Wrote {out}")
+        if not result["counts"]["scored"]:
+            raise CTMoEError(str(out), "no row was answered", "Look for the scans: ct-moe check")
+
+
+@app.command()
+def card(
+    folder: Annotated[Path, typer.Argument(help="Model folder, or one that holds an adapter only.")],
+    write: Annotated[
+        bool,
+        typer.Option("--write", help="Write README.md into it, in place of one that is there, instead of printing."),
+    ] = False,
+    add: Annotated[
+        list[Path] | None,
+        typer.Option("--from", help="Results, training or conversion report from elsewhere, to be put into it."),
+    ] = None,
+    picture: Annotated[
+        bool, typer.Option("--picture", help="Draw where a synthetic phantom goes inside the model, as routing.png.")
+    ] = False,
+) -> None:
+    """Make a model card of what lies in a folder: configs, reports, results, and card.yaml for the rest."""
+    with _quiet_libraries():
+        from ct_moe.hub.card import draw_card_picture, model_card, write_card
+
+        if (add or picture) and not write:
+            raise CTMoEError("--from" if add else "--picture", "changes the folder", "Add --write")
+        if picture:
+            draw_card_picture(folder)
+        if not write:
+            print(str(model_card(folder)), end="")
+            return
+        print(f"Wrote {write_card(folder, add or [])}")
+
+
+@app.command()
+def push(
+    folder: Annotated[Path, typer.Argument(help="Model folder, or one that holds an adapter only.")],
+    repo_id: Annotated[str, typer.Argument(help="Where to: ORG/NAME.")],
+    private: Annotated[bool, typer.Option("--private", help="Make a private repository.")] = False,
+    revision: Annotated[str, typer.Option(help="Branch; made if it does not exist.")] = "main",
+    tag: Annotated[
+        str | None, typer.Option(help="Name of the commit, which the card loads; by default made of the files' hash.")
+    ] = None,
+    base: Annotated[str | None, typer.Option(help="Of an adapter: Hub id of the model it belongs to.")] = None,
+    base_revision: Annotated[str | None, typer.Option(help="Commit of that model.")] = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check and prove the folder, upload nothing.")] = False,
+) -> None:
+    """Publish a folder in one commit, after proving that it works without this package and holds nothing private."""
+    with _quiet_libraries():
+        from ct_moe.hub.publishing import push_folder
+
+        settings = {"private": private, "revision": revision, "tag": tag, "dry_run": dry_run}
+        print(push_folder(folder, repo_id, base=base, base_revision=base_revision, say=_warn, **settings))
+
+
+@app.command()
+def pull(
+    repo_id: Annotated[str, typer.Argument(help="ORG/NAME.")],
+    out: Annotated[Path, typer.Argument(help="New folder.")],
+    revision: RevisionOption = None,
+) -> None:
+    """Download a published model at one commit, every file checked against its manifest."""
+    with _quiet_libraries():
+        from ct_moe.hub.publishing import pull_folder
+
+        commit = pull_folder(repo_id, out, revision)
+    print(f"Wrote {out}: {repo_id} at {commit}")
 
 
 def _summary(record: dict, with_text: bool) -> str:

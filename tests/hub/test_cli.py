@@ -210,7 +210,7 @@ def test_unsupported_bases_are_refused_by_name(monkeypatch, capsys, tmp_path):
     (base / "config.json").write_text('{"model_type": "llava_next"}')
     line = fail(monkeypatch, capsys, "convert", base, tmp_path / "out")
     assert "llava_next" in line
-    assert "clip_vision_model" in line
+    assert "Supported: LLaVA" in line
     assert not (tmp_path / "out").exists()
 
 

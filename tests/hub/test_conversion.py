@@ -283,7 +283,7 @@ _ONLY = "is not supported. Supported of LLaVA: clip_vision_model or siglip_visio
     ("change", "message"),
     [
         ({"model_type": "llava_next"}, "model_type 'llava_next' is not supported. The nearest that is: LLaVA. Suppor"),
-        ({"model_type": "xyz"}, "model_type 'xyz' is not supported. Supported: LLaVA; Gemma 3"),
+        ({"model_type": "xyz"}, "model_type 'xyz' is not supported. Supported: LLaVA; LLaVA-OneVision; Phi-3-V"),
         ({"vision_config": {"model_type": "siglip2_vision_model"}}, f"vision tower 'siglip2_vision_model' {_ONLY}"),
         ({"text_config": {"model_type": "bert"}}, f"language model 'bert' {_ONLY}"),
         ({"text_config": {"model_type": "no_such_model"}}, f"language model 'no_such_model' {_ONLY}"),

@@ -14,12 +14,17 @@
 """The commands about data sets, as a user calls them."""
 
 import json
+import shutil
+import subprocess
+import sys
 
 import numpy as np
+import pytest
 from command_line import fail, invoke
 from published import write_csv, write_ct_rate, write_version_1
 
 from ct_moe import load_volume
+from ct_moe.hub.cli import main
 from ct_moe.trainers.data_sets.ct_rate import scan_path
 
 
@@ -55,3 +60,41 @@ def test_scans_of_version_1_are_pointed_out_and_repaired(tmp_path):
     assert "1 scans repaired" in invoke("fix-ct-rate", tmp_path, "--split", "validation").output
     assert np.array_equal(load_volume(scan_path(tmp_path, NAME)).hu, hu)
     assert invoke("check", "ct-rate", tmp_path, "--split", "validation", "--scans", "load").exit_code == 0
+
+
+def test_folders_are_refused_as_files_before_the_work(tmp_path, monkeypatch, capsys):
+    root = write_ct_rate(tmp_path)
+    (tmp_path / "taken.json").mkdir()
+    for option in ("--out", "--items"):
+        assert "is a folder" in fail(monkeypatch, capsys, "check", "ct-rate", root, option, tmp_path / "taken.json")
+    said = tmp_path / "said.jsonl"
+    said.write_text('{"prediction": "x", "reference": "x"}\n', encoding="utf-8")
+    line = fail(monkeypatch, capsys, "evaluate", "--predictions", said, "--out", tmp_path / "taken.json")
+    assert "is no .json file" in line
+
+
+def test_scans_that_are_not_there_are_named_with_their_rows_and_end_in_an_error(
+    model_folder, tmp_path, monkeypatch, capsys
+):
+    root, out = write_ct_rate(tmp_path), tmp_path / "r.json"
+    shutil.rmtree(root / "dataset" / "valid_fixed")
+    arguments = ["--model", model_folder, "--data", "ct-rate", "--root", root, "--out", out]
+    monkeypatch.setattr(sys, "argv", ["ct-moe", "evaluate", *map(str, arguments)])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    error = capsys.readouterr().err
+    assert stopped.value.code == 1
+    assert "not answered: validation_reports.csv, line 2: valid_1_a_1.nii.gz: " in error
+    assert "r.json: no row was answered" in error
+    assert json.loads(out.read_text(encoding="utf-8"))["counts"]["unanswered"] == 3
+
+
+@pytest.mark.parametrize(
+    ("missing", "arguments"),
+    [("datasets", ["check", "own", "."]), ("accelerate", ["evaluate", "--predictions", "x.csv", "--out", "r.json"])],
+)
+def test_a_missing_package_is_named_with_what_brings_it(missing, arguments, tmp_path):
+    code = f"import sys; sys.modules[{missing!r}] = None; from ct_moe.hub.cli import main; main()"
+    run = subprocess.run([sys.executable, "-c", code, *arguments], cwd=tmp_path, capture_output=True, text=True)
+    assert run.returncode == 1
+    assert f'error: {missing}: is not installed. Run: pip install "ct-moe[train' in run.stderr
