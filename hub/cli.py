@@ -492,7 +492,7 @@ def evaluate(
             _warn(bad)
         if result["bad_rows"]:
             _warn(f"{len(result['bad_rows'])} lines cannot be used and are not scored")
-        for unanswered in result["unanswered_rows"][:10]:
+        for unanswered in list(result["unanswered"].values())[:10]:
             _warn(f"not answered: {unanswered}")
         print(format_results(result))
         print(f"Wrote {out}")
