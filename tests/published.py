@@ -180,7 +180,8 @@ def write_3d_rad(root: Path) -> Path:
 
 
 def write_own(root: Path) -> Path:
-    """A JSONL file."""
+    """A JSONL file for training, and one for testing beside it."""
+    root.mkdir(parents=True, exist_ok=True)
     write_phantom(root / "scan.nii.gz", shape=(12, 48, 48))
     rows = [
         {"images": ["scan.nii.gz"], "prompt": "Any stones?", "completion": "No.", "patient": "p1", "id": "a"},
@@ -193,8 +194,10 @@ def write_own(root: Path) -> Path:
             "kind": "side",
         },
     ]
-    file = root / "train.jsonl"
-    file.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    for split in ("test", "train"):
+        file = root / f"{split}.jsonl"
+        own = [{**row, "id": f"{split}-{i}"} if split == "test" else row for i, row in enumerate(rows)]
+        file.write_text("".join(json.dumps(row) + "\n" for row in own), encoding="utf-8")
     return file
 
 

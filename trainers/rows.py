@@ -42,6 +42,7 @@ from datasets import Dataset, Features, IterableDataset, LargeList, List, Nifti,
 from ct_moe import DataError
 
 from .data_sets.catalogue import DATA_SETS, ITEM_FEATURES, data_set_rows
+from .data_sets.messages import UnusableError, completion_messages, prompt_messages, task_name
 
 
 _SCANS = List(Nifti(decode=False))
@@ -302,10 +303,6 @@ def _to_rows(rows: Dataset | IterableDataset, reader: "_Reader", streaming: bool
     return mapped.select_columns(list(ROW_FEATURES))
 
 
-class _UnusableError(Exception):
-    """Column, finding and remedy for a row that cannot be used."""
-
-
 @dataclass
 class _Reader:
     """Turns rows of one source into rows of `ROW_FEATURES`. The workers of a DataLoader get copies of it."""
@@ -354,12 +351,12 @@ class _Reader:
         row["row"] = example["row"] if self.numbered else index + 1
         try:
             if index in self.bad_scans:
-                raise _UnusableError(*self.bad_scans[index])
+                raise UnusableError(*self.bad_scans[index])
             row["images"] = self._scans(example.get(self.images))
-            row["prompt"] = _prompt(example["prompt"])
-            row["completion"] = _completion(example["completion"])
+            row["prompt"] = prompt_messages(example["prompt"])
+            row["completion"] = completion_messages(example["completion"])
             row["task"] = self._task(example.get("task"))
-        except _UnusableError as error:
+        except UnusableError as error:
             if bad is None:
                 raise _refusal(self.source, [(row["row"], *error.args)]) from None
             bad.append((row["row"], *error.args))
@@ -385,65 +382,13 @@ class _Reader:
                     if scan and not isinstance(scan, str)
                     else "an empty entry"
                 )
-                raise _UnusableError(self.images, f"has {found}", "Write a path or a list of paths")
+                raise UnusableError(self.images, f"has {found}", "Write a path or a list of paths")
         return [_placed(scan, self.folder) for scan in value]
 
     def _task(self, value: Any) -> str | None:
         if self.task_names is not None and value is not None:
             return self.task_names[value] if value >= 0 else None  # -1 is how `datasets` marks a missing label
-        if not isinstance(value, (str, type(None))):
-            raise _UnusableError("task", f"is of type {type(value).__name__}", "Write the name of a task")
-        return (value or "").strip() or None
-
-
-def _prompt(value: Any) -> list[dict[str, str]]:
-    messages = _messages(value, "prompt", "user")
-    if messages[-1]["role"] != "user":
-        raise _UnusableError("prompt", "does not end with a user message", "Move the answer into `completion`")
-    if not messages[-1]["content"].strip():
-        raise _UnusableError("prompt", "is blank", "Write the question, or leave the row out")
-    return messages
-
-
-def _completion(value: Any) -> list[dict[str, str]]:
-    messages = _messages(value, "completion", "assistant")
-    if len(messages) > 1:
-        raise _UnusableError("completion", f"has {len(messages)} messages", "Move all but the last into `prompt`")
-    if messages[0]["role"] != "assistant":
-        raise _UnusableError("completion", "is not by the assistant", "Give it the role assistant")
-    if not messages[0]["content"].strip():
-        raise _UnusableError("completion", "is blank", "Write the answer, or leave the row out")
-    return messages
-
-
-def _messages(value: Any, column: str, role: str) -> list[dict[str, str]]:
-    if value is None or value == []:
-        raise _UnusableError(column, "is blank", f"Write the {column}, or leave the row out")
-    if isinstance(value, str):
-        return [{"role": role, "content": value}]
-    if not isinstance(value, list):
-        raise _UnusableError(
-            column, f"is of type {type(value).__name__}", "Write text or messages, the same in all rows; quote numbers"
-        )
-    if not all(
-        isinstance(message, dict) and message.get("role") in ("system", "user", "assistant") for message in value
-    ):
-        raise _UnusableError(column, "has a message without a known role", "Use system, user or assistant")
-    return [{"role": message["role"], "content": _text(message.get("content"), column)} for message in value]
-
-
-def _text(content: Any, column: str) -> str:
-    if isinstance(content, str):
-        return content
-    if not isinstance(content, list) or not all(isinstance(block, dict) for block in content):
-        raise _UnusableError(column, "has a message without text", "Write text or a list of text blocks")
-    for block in content:
-        if block.get("type") == "image":
-            if any(block.get(key) is not None for key in ("image", "path", "url")):
-                raise _UnusableError(column, "has a scan in an image block", "Move it into the column `images`")
-        elif block.get("type") != "text" or not isinstance(block.get("text"), str):
-            raise _UnusableError(column, "has a block that is neither text nor image", "Keep the text blocks")
-    return "\n".join(block["text"] for block in content if block["type"] == "text")
+        return task_name(value)
 
 
 def _placed(path: str, folder: str | None) -> str:
@@ -455,7 +400,7 @@ def _placed(path: str, folder: str | None) -> str:
 def _placed_scan(path: str | None, has_bytes: bool, folder: str | None) -> str | None:
     """The path of a Nifti value. That of bytes is only their name."""
     if not has_bytes and not path:
-        raise _UnusableError("images", "has an empty entry", "Put a scan there, or leave the entry out")
+        raise UnusableError("images", "has an empty entry", "Put a scan there, or leave the entry out")
     return path if has_bytes else _placed(path, folder)
 
 
@@ -474,7 +419,7 @@ def _scan_lists(column: pa.ChunkedArray, folder: str | None) -> tuple[pa.Chunked
         for index, path, has_bytes in zip(indices, paths.to_pylist(), contents.is_valid().to_pylist()):
             try:
                 placed.append(_placed_scan(path, has_bytes, folder))
-            except _UnusableError as error:
+            except UnusableError as error:
                 placed.append(None)
                 errors[index] = error.args
         structs = pa.StructArray.from_arrays([contents, pa.array(placed, pa.string())], names=["bytes", "path"])

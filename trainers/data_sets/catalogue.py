@@ -21,6 +21,7 @@ train_two_stage(dataset=rows, recipe=load_recipe("recipe.yaml"))
 In a recipe: `train_data: ct-rate:/data/CT-RATE`, with `train_split`.
 """
 
+import json
 import warnings
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -52,6 +53,7 @@ class DataSet:
         url: of its card.
         commercial: whether the licence allows commercial use of what is trained on it.
         intensity: what its scans hold: "hu", "display" for arrays in [0, 1], or `None` for what a model takes.
+        protocol: what a reader of results must know about how it is asked.
     """
 
     title: str
@@ -61,6 +63,7 @@ class DataSet:
     url: str
     commercial: bool
     intensity: str | None = "hu"
+    protocol: str = ""
 
 
 _HUB = "https://huggingface.co/datasets/"
@@ -83,6 +86,7 @@ DATA_SETS = {
         f"{_HUB}GoodBaiBai88/M3D-VQA",
         commercial=False,
         intensity="display",
+        protocol="every question closed and open; where the texts do not tell the right choice, by the letter alone",
     ),
     "ct-rate": DataSet(
         "CT-RATE, reports",
@@ -99,6 +103,7 @@ DATA_SETS = {
         _CT_RATE,
         f"{_HUB}ibrahimhamamci/CT-RATE",
         commercial=False,
+        protocol="a question comes after the earlier ones of its conversation, with their true answers",
     ),
     "radgenome": DataSet(
         "RadGenome-ChestCT",
@@ -107,6 +112,7 @@ DATA_SETS = {
         f"CC BY 4.0 by its latest card (CC BY-NC-SA 4.0 before); its scans are CT-RATE's, {_CT_RATE}",
         f"{_HUB}RadGenome/RadGenome-ChestCT",
         commercial=False,
+        protocol="in validation the publishers' one wording per part and their answers, without their model's marks",
     ),
     "3d-rad": DataSet(
         "3D-RAD",
@@ -115,6 +121,7 @@ DATA_SETS = {
         f"Apache 2.0 by its card; its scans are CT-RATE's, {_CT_RATE}",
         f"{_HUB}Tang-xiaoxiao/3D-RAD",
         commercial=False,
+        protocol="existence with and without choices; the score of a task is the mean over its files",
     ),
     "own": DataSet("your own", own.read_own, ("train", "validation", "test"), "yours", "", True, intensity=None),
 }
@@ -157,13 +164,15 @@ def read_items(name: str, root: str | Path, split: str) -> Iterator[Item | BadRo
     for item in find_data_set(name).read(Path(root), split):
         if isinstance(item, Item):
             first = ids.setdefault(item.id, item.where)
-            if first != item.where:
-                item = BadRow(*item.where, f"its id is that of line {first[1]}")
+            finding = f"its id is that of line {first[1]}" if first != item.where else _unwritable(item)
+            if finding:
+                item = BadRow(*item.where, finding)
         yield item
 
 
 def data_set_rows(name: str, root: str | Path, split: str, *, streaming: bool = False) -> Dataset | IterableDataset:
-    """Rows for training, which `load_rows` takes. Lines that cannot be used are left out, with one warning about them.
+    """Rows for training, which `load_rows` takes. Lines that cannot be used are left out, with a warning at the end;
+    streamed rows, which may never come to their end, warn at the first such line too.
 
     Args:
         name, root, split: as in `read_items`.
@@ -173,7 +182,7 @@ def data_set_rows(name: str, root: str | Path, split: str, *, streaming: bool = 
         DataError: as in `read_items`, or no line can be used.
     """
     if streaming:
-        settings = {"name": name, "root": str(root), "split": split}
+        settings = {"name": name, "root": str(root), "split": split, "streaming": True}
         return IterableDataset.from_generator(_rows, gen_kwargs=settings, features=ITEM_FEATURES)
     tables, rows = [], []
     for row in _rows(name, str(root), split):
@@ -189,16 +198,33 @@ def data_set_rows(name: str, root: str | Path, split: str, *, streaming: bool = 
     return Dataset(table)
 
 
-def _rows(name: str, root: str, split: str) -> Iterator[dict[str, Any]]:
+def _unwritable(item: Item) -> str | None:
+    """What neither a table nor a file system takes, though JSON can write it."""
+    if any("\0" in image for image in item.images):
+        return "a path with a NUL character"
+    try:
+        json.dumps([item.images, item.prompt, item.completion, item.id], ensure_ascii=False).encode()
+    except UnicodeEncodeError:
+        return "a text with half a character"
+    return None
+
+
+def _rows(name: str, root: str, split: str, streaming: bool = False) -> Iterator[dict[str, Any]]:
+    def warn(lines: str) -> None:
+        # At this place, whoever reads the rows: a filter for this package must find it.
+        message = f"{name}: {lines} cannot be used, the first is {first}. All: ct-moe check"
+        warnings.warn(message, DataSetWarning, stacklevel=1)
+
     bad, first = 0, None
     for item in read_items(name, root, split):
         if isinstance(item, BadRow):
             if not item.is_left_out:
                 bad, first = bad + 1, first or item
+                if streaming and bad == 1:
+                    warn("lines")
             continue
         row = item.row()
         prompt = row["prompt"] if isinstance(row["prompt"], list) else [{"role": "user", "content": row["prompt"]}]
         yield {**row, "prompt": prompt, "completion": [{"role": "assistant", "content": row["completion"]}]}
     if bad:
-        message = f"{name}: {bad} lines cannot be used, the first is {first}. All: ct-moe check"
-        warnings.warn(message, DataSetWarning, stacklevel=3)
+        warn(f"{bad} lines")

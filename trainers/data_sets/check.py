@@ -26,9 +26,10 @@ from typing import Any, Literal
 
 from tqdm.auto import tqdm
 
-from ct_moe import VolumeError, load_volume
+from ct_moe import DataError, VolumeError, load_volume
 
 from .catalogue import DataSet, find_data_set, licence_text, read_items
+from .ct_rate import SPLITS, labels_file, no_chest_file, read_labels
 from .item import BadRow, Item
 
 
@@ -43,8 +44,11 @@ class CheckReport:
         bad_rows: lines that give no item.
         left_out: lines that the publishers leave out as well.
         missing: scans that are not there.
-        broken: (scan, finding) of those that cannot be loaded.
+        broken: (file, finding) of scans and files of labels that cannot be loaded.
         lost: items whose scan is missing or broken.
+        rows_of: of these scans the first rows that need them, (file, line) each.
+        by_letter: closed questions whose texts do not tell the right choice: scored by the letter alone.
+        notes: what is not there and not needed for training.
     """
 
     items: Counter = field(default_factory=Counter)
@@ -55,6 +59,9 @@ class CheckReport:
     broken: list[tuple[str, str]] = field(default_factory=list)
     lost: int = 0
     left_out: int = 0
+    rows_of: dict[str, list[tuple[str, int]]] = field(default_factory=dict)
+    by_letter: int = 0
+    notes: list[str] = field(default_factory=list)
 
     @property
     def is_whole(self) -> bool:
@@ -71,6 +78,9 @@ class CheckReport:
             "missing": self.missing,
             "broken": [{"scan": scan, "finding": finding} for scan, finding in self.broken],
             "lost_items": self.lost,
+            "rows_of": {scan: [f"{file}, line {line}" for file, line in rows] for scan, rows in self.rows_of.items()},
+            "by_letter": self.by_letter,
+            "notes": self.notes,
         }
 
 
@@ -100,6 +110,9 @@ def check_data_set(
         DataError: as in `read_items`.
     """
     report, named = CheckReport(), Counter()
+    rows_of: dict[str, list[tuple[str, int]]] = {}
+    labels = _look_beside(report, name, Path(root), split)
+    unlabelled = 0
     with _whole_file(items) as write:
         for item in tqdm(read_items(name, root, split), desc="rows", unit="row", disable=not progress):
             if isinstance(item, BadRow) and item.is_left_out:
@@ -110,8 +123,15 @@ def check_data_set(
                 write(item)
                 report.items[item.task] += 1
                 report.kinds[item.kind] += 1
-                named.update(set(item.images))
+                report.by_letter += item.letter is not None
+                unlabelled += labels is not None and Path(item.images[0]).name not in labels
+                for image in set(item.images):
+                    named[image] += 1
+                    if len(rows := rows_of.setdefault(image, [])) < _ROWS:
+                        rows.append(item.where)
     report.scans = len(named)
+    if unlabelled:
+        report.notes.append(f"{unlabelled:,} reports have no labels: clinical scores leave them out")
     if scans == "none":
         return report
     look = _is_there if scans == "there" else _loader(find_data_set(name).intensity or intensity)
@@ -120,6 +140,7 @@ def check_data_set(
         if finding is None:
             continue
         report.lost += named[path]
+        report.rows_of[path] = rows_of[path]
         if finding == _MISSING:
             report.missing.append(path)
         else:
@@ -143,8 +164,19 @@ def check_text(report: CheckReport, data_set: DataSet, split: str, most: int = 1
                 lines.append(f"          and {len(found) - most:,} more")
 
     listed("lines that cannot be used", report.bad_rows)
-    listed("missing scans", report.missing)
-    listed("scans that cannot be loaded", [f"{scan}: {finding}" for scan, finding in report.broken])
+
+    def told(scan: str, finding: str = "") -> str:
+        rows = report.rows_of.get(scan, [])
+        needed = "; ".join(f"{Path(file).name}, line {line}" for file, line in rows)
+        return f"{scan}{finding}" + (f" (needed by {needed}{' ...' if len(rows) == _ROWS else ''})" if rows else "")
+
+    listed("missing scans", [told(scan) for scan in report.missing])
+    listed("files that cannot be loaded", [told(scan, f": {finding}") for scan, finding in report.broken])
+    if report.by_letter:
+        lines.append(
+            f"{report.by_letter:>9,} closed questions scored by the letter: their texts do not tell the choice"
+        )
+    lines += [f"          note: {note}" for note in report.notes]
     if report.lost:
         lines.append(f"{report.lost:>9,} rows lose their scan: training leaves them out and says so")
     return "\n".join(lines)
@@ -167,6 +199,27 @@ def _whole_file(path: Path | None) -> Iterator[Callable[[Item], None]]:
 
 _TOLD = ("id", "images", "prompt", "task", "kind")
 _MISSING = "is not there"
+_AROUND = 0.1  # what resizing may overshoot [0, 1] by
+_ROWS = 3  # that are named of a scan
+_OF_CHEST = ("ct-rate", "ct-rate-vqa", "radgenome", "3d-rad")
+
+
+def _look_beside(report: CheckReport, name: str, root: Path, split: str) -> dict[str, list[int]] | None:
+    """Note which files of CT-RATE are not there that evaluation reads besides; the labels, if there are some."""
+    files = "train" if split == "train" else "validation"
+    if name in _OF_CHEST and not (file := no_chest_file(root, files)).is_file():
+        report.notes.append(f"no {file.relative_to(root)}: scans of no chest are not left out")
+    if name != "ct-rate" or split not in SPLITS:
+        return None
+    file = labels_file(root, split)
+    if not file.is_file():
+        report.notes.append(f"no {file.relative_to(root)}: evaluation will compute no clinical scores")
+        return None
+    try:
+        return read_labels(root, split)
+    except DataError as error:
+        report.broken.append((str(file), error.finding))
+        return None
 
 
 def _is_there(path: str) -> str | None:
@@ -181,12 +234,17 @@ def _is_there(path: str) -> str | None:
 
 def _loader(intensity: str) -> Callable[[str], str | None]:
     def load(path: str) -> str | None:
-        if not Path(path).exists():
-            return _MISSING
+        if finding := _is_there(path):
+            return finding
         try:
-            load_volume(path, intensity=intensity)
+            values = load_volume(path, intensity=intensity).hu
         except VolumeError as error:
             return error.finding
+        except OSError as error:
+            return error.strerror or type(error).__name__
+        low, high = float(values.min()), float(values.max())
+        if intensity == "display" and (low < -_AROUND or high > 1 + _AROUND):
+            return f"values from {low:g} to {high:g}, not in [0, 1]: is it in HU?"
         return None
 
     return load

@@ -37,7 +37,8 @@ from pathlib import Path
 from ct_moe import DataError
 from ct_moe.pipeline_ct_moe import REPORT_PROMPT
 
-from .item import BadRow, Item, closed_item, read_csv, read_json_list
+from .files import read_csv, read_json_list
+from .item import BadRow, Item, closed_item
 
 
 # In the order of the label files and of the published classifier.
@@ -82,6 +83,9 @@ def read_reports(root: Path, split: str) -> Iterator[Item | BadRow]:
     file = root / "dataset" / "radiology_text_reports" / f"{texts}_reports.csv"
     left_out = no_chest(root, split)
     for line, row in read_csv(file, ("VolumeName", "Findings_EN", "Impressions_EN")):
+        if isinstance(row, str):
+            yield BadRow(str(file), line, row)
+            continue
         name = row["VolumeName"].strip()
         if name in left_out:
             yield BadRow(str(file), line, NO_CHEST, is_left_out=True)
@@ -177,7 +181,9 @@ def read_labels(root: Path, split: str) -> dict[str, list[int]]:
     file = labels_file(root, split)
     labels = {}
     for line, row in read_csv(file, ("VolumeName", *ABNORMALITIES)):
-        values = [row[name].strip() for name in ABNORMALITIES]
+        values = [] if isinstance(row, str) else [row[name].strip() for name in ABNORMALITIES]
+        if not values:
+            raise DataError(str(file), f"line {line}: {row}", "Download it again")
         if not set(values) <= {"0", "1", "0.0", "1.0"}:
             raise DataError(str(file), f"line {line}: a label that is neither 0 nor 1", "Download it again")
         labels[row["VolumeName"].strip()] = [int(float(value)) for value in values]
@@ -206,10 +212,19 @@ def patient_of(name: str) -> str:
 @lru_cache(maxsize=8)
 def no_chest(root: Path, split: str) -> frozenset[str]:
     """Scans that the publishers list as of no chest; none where the list was not downloaded."""
-    file = root / "dataset" / "metadata" / f"no_chest_{_names(root, split)[0]}.txt"
+    file = no_chest_file(root, split)
     if not file.is_file():
         return frozenset()
-    return frozenset(Path(line.strip()).name for line in file.read_text(encoding="utf-8").splitlines() if line.strip())
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(str(file), f"cannot be read ({type(error).__name__})", "Download it again") from error
+    return frozenset(Path(line.strip()).name for line in lines if line.strip())
+
+
+def no_chest_file(root: Path, split: str) -> Path:
+    """What `no_chest` reads."""
+    return root / "dataset" / "metadata" / f"no_chest_{_names(root, split)[0]}.txt"
 
 
 def _names(root: Path, split: str) -> tuple[str, str]:

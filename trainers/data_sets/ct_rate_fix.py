@@ -13,7 +13,8 @@
 # limitations under the License.
 """Scans of CT-RATE's version 1 to those of version 2: `fix_scans`.
 
-Version 1 stores the numbers of the scanner with an empty header; slope, intercept and voxel size are in the metadata.
+Version 1 stores the numbers of the scanner with an empty header; slope, intercept, voxel size and, in newer metadata,
+the direction of rows and columns are in the metadata.
 What is written is int16 HU with them in the header, in the folders of version 2, and marked as done.
 """
 
@@ -26,15 +27,21 @@ from pathlib import Path
 import nibabel as nib
 import numpy as np
 from nibabel.filebasedimages import ImageFileError
+from nibabel.spatialimages import HeaderDataError
+from nibabel.wrapstruct import WrapStructError
 from tqdm.auto import tqdm
 
 from ct_moe import DataError, VolumeError
 
 from .ct_rate import SPLITS, scan_path
-from .item import read_csv
+from .files import read_csv
 
 
 _COLUMNS = ("VolumeName", "RescaleSlope", "RescaleIntercept", "XYSpacing", "ZSpacing")
+# What a damaged file makes of its reader. The last three: numbers of a header that no array can have.
+_UNREADABLE = (OSError, ValueError, EOFError, zlib.error, ImageFileError, HeaderDataError, WrapStructError)
+_UNREADABLE += (TypeError, OverflowError, MemoryError)
+_ORIENTATION = "ImageOrientationPatient"  # older metadata have no such column
 _MARK = b"fixed"  # in the header's description, as the publishers' own repair writes it
 
 
@@ -63,6 +70,9 @@ def fix_scans(
     rows = list(read_csv(file, _COLUMNS))
     written, failed = 0, {}
     for line, row in tqdm(rows, desc="scans", unit="scan", disable=not progress):
+        if isinstance(row, str):
+            failed[f"line {line}"] = row
+            continue
         name = row["VolumeName"].strip()
         target = scan_path(out, name)
         if target is None:
@@ -74,15 +84,28 @@ def fix_scans(
         try:
             fix_scan(source, target, *_geometry(row))
             written += 1
-        except (OSError, ValueError, EOFError, zlib.error, ImageFileError) as error:
+        except _UNREADABLE as error:
             if isinstance(error, OSError) and error.errno == errno.ENOSPC:
                 raise DataError(str(out), "the disk is full", "Make room; the same command goes on") from error
             failed[name] = error.finding if isinstance(error, VolumeError) else f"{type(error).__name__}"
     return written, failed
 
 
-def fix_scan(source: Path, target: Path, slope: float, intercept: float, spacing: tuple[float, float, float]) -> None:
-    """Write one scan as int16 HU; `spacing` is (x, y, z) in mm.
+def fix_scan(
+    source: Path,
+    target: Path,
+    slope: float,
+    intercept: float,
+    spacing: tuple[float, float, float],
+    directions: np.ndarray | None = None,
+) -> None:
+    """Write one scan as int16 HU.
+
+    Args:
+        source, target: files.
+        slope, intercept: of the scanner's numbers.
+        spacing: (x, y, z) in mm.
+        directions: in its columns where x, y and z grow to, in LPS; by default to the left, the back and the head.
 
     Raises:
         VolumeError: the scan is in HU already, has a rescaling of its own, or does not fit into 16 bits.
@@ -101,9 +124,11 @@ def fix_scan(source: Path, target: Path, slope: float, intercept: float, spacing
     hu = np.rint(stored.astype(np.float64) * slope + intercept)
     if hu.min() < -32768 or hu.max() > 32767:
         raise VolumeError(str(source), f"gives {hu.min():.0f} to {hu.max():.0f} HU", "Check its line of the metadata")
-    x, y, z = spacing
-    affine = np.diag([-x, -y, z, 1.0])  # stored from right to left, front to back, feet to head: LPS
-    affine[:3, 3] = [x * (hu.shape[0] - 1) / 2, y * (hu.shape[1] - 1) / 2, 0]
+    affine = np.eye(4)
+    directions = np.eye(3) if directions is None else directions
+    affine[:3, :3] = np.diag([-1.0, -1.0, 1.0]) @ directions @ np.diag(spacing)  # NIfTI counts in RAS
+    # Where it lay in the scanner is not known: the origin is its middle.
+    affine[:3, 3] = -affine[:3, :3] @ ((np.array(hu.shape[:3]) - 1) / 2)
     fixed = nib.Nifti1Image(hu.astype(np.int16), affine)
     fixed.header.set_xyzt_units("mm")
     fixed.header["descrip"] = _MARK
@@ -116,8 +141,8 @@ def fix_scan(source: Path, target: Path, slope: float, intercept: float, spacing
         part.unlink(missing_ok=True)
 
 
-def _geometry(row: dict[str, str]) -> tuple[float, float, tuple[float, float, float]]:
-    """Slope, intercept and (x, y, z) of a line of the metadata, where XYSpacing is a list: "[0.7, 0.7]"."""
+def _geometry(row: dict[str, str]) -> tuple[float, float, tuple[float, float, float], np.ndarray]:
+    """Slope, intercept, (x, y, z) and directions of a line of the metadata. Lists are texts: "[0.7, 0.7]"."""
     try:
         x, y = json.loads(row["XYSpacing"])
         numbers = [float(value) for value in (row["RescaleSlope"], row["RescaleIntercept"], x, y, row["ZSpacing"])]
@@ -125,4 +150,20 @@ def _geometry(row: dict[str, str]) -> tuple[float, float, tuple[float, float, fl
         numbers = [np.nan]
     if not np.isfinite(numbers).all() or min(numbers[0], *numbers[2:]) <= 0:
         raise VolumeError(row["VolumeName"], "its metadata have no slope or voxel size", "Leave it out")
-    return numbers[0], numbers[1], tuple(numbers[2:])
+    return numbers[0], numbers[1], tuple(numbers[2:]), _directions(row)
+
+
+def _directions(row: dict[str, str]) -> np.ndarray:
+    """Unit vectors in LPS of rows, columns and slices, which are stacked along the normal of the first two."""
+    if _ORIENTATION not in row:
+        return np.eye(3)
+    try:
+        along = np.array(json.loads(row[_ORIENTATION]), dtype=np.float64).reshape(2, 3)
+    except (ValueError, TypeError):
+        along = np.full((2, 3), np.nan)
+    if not np.allclose(along @ along.T, np.eye(2), atol=1e-2):
+        raise VolumeError(row["VolumeName"], f"its {_ORIENTATION} is no orientation", "Leave it out")
+    directions = np.column_stack([*along, np.cross(*along)])
+    if abs(directions[2, 2]) < 0.99:
+        raise VolumeError(row["VolumeName"], f"its slices are not axial, by its {_ORIENTATION}", "Leave it out")
+    return directions

@@ -13,20 +13,13 @@
 # limitations under the License.
 """One question or report of a published data set: `Item`, and `BadRow` for a line that cannot be used."""
 
-import csv
 import hashlib
-import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
-
-from ct_moe import DataError
 
 
 LETTERS = "ABCD"
-_CHUNK = 1 << 20  # characters of JSON that are read at a time
-_LONGEST = 1 << 26  # of one member of a list: what is longer is damaged
 
 
 @dataclass
@@ -40,10 +33,11 @@ class Item:
         completion: the whole answer, as it is trained and scored.
         task: "report", "vqa_closed" or "vqa_open".
         kind: type of question, as the data set names it.
-        answer: of a closed question the right choice.
-        choices: of a closed question, in the order of their letters.
         patient: whose scan it is: intervals are clustered by it.
         where: file and line (of JSON: number in the list), for errors.
+        answer: of a closed question the right choice.
+        choices: of a closed question, in the order of their letters; "" for a letter without one.
+        letter: the right one, of a question whose texts do not tell it: it is scored by the letter alone.
     """
 
     id: str
@@ -56,6 +50,7 @@ class Item:
     where: tuple[str, int]
     answer: str | None = None
     choices: list[str] | None = None
+    letter: str | None = None
 
     def row(self) -> dict[str, Any]:
         """For training: the columns that `load_rows` takes."""
@@ -86,36 +81,37 @@ def closed_item(
 ) -> Item | str:
     """A closed question in the form of M3D: "... Choices: A. ... B. ..." with the answer "B. ...".
 
+    M3D scores by the letter, whatever the texts say. Where the right choice is there twice, or `answer` is another
+    text than its choice, no text is right, and `Item.letter` is set.
+
     Args:
         question: without choices.
-        choices: two to four; what is `None` or blank at the end is left out.
+        choices: up to four; what is `None` or blank is not shown.
         letter: of the right one.
-        answer: its text if the data set repeats it; the two must agree.
+        answer: its text if the data set repeats it.
         rest: fields of the [`Item`].
 
     Returns:
         The item, or what is wrong.
     """
     choices = [(choice or "").strip() for choice in choices]
-    while choices and not choices[-1]:
-        choices.pop()
-    if len(choices) < 2 or not all(choices):
-        return f"{len([choice for choice in choices if choice])} choices"
-    if len(set(choices)) < len(choices):
-        return "two choices are the same"
     letter = letter.strip().rstrip(".").upper()
-    if len(letter) != 1 or letter not in LETTERS[: len(choices)]:
+    if len(letter) != 1 or letter not in LETTERS[: len(choices)] or not choices[LETTERS.index(letter)]:
         return "an answer letter that no choice has"
     right = choices[LETTERS.index(letter)]
-    if answer is not None and answer.strip(" .").lower() != right.strip(" .").lower():
-        return "the answer is not the choice of its letter"
-    listed = " ".join(f"{letter}. {choice}" for letter, choice in zip(LETTERS, choices))
+    plain = [choice.strip(" .").lower() for choice in choices]
+    told = plain[LETTERS.index(letter)]
+    is_told = plain.count(told) == 1 and (answer is None or answer.strip(" .").lower() == told)
+    while not choices[-1]:
+        choices.pop()
+    listed = " ".join(f"{letter}. {choice}" for letter, choice in zip(LETTERS, choices) if choice)
     return Item(
         prompt=f"{question} Choices: {listed}",
         completion=f"{letter}. {right}",
         task="vqa_closed",
         answer=right,
         choices=choices,
+        letter=None if is_told else letter,
         **rest,
     )
 
@@ -123,80 +119,3 @@ def closed_item(
 def pick(wordings: Sequence[str], key: str) -> str:
     """One of several wordings, the same for a key on every machine."""
     return wordings[int.from_bytes(hashlib.sha256(key.encode()).digest()[:4], "big") % len(wordings)]
-
-
-def read_csv(path: Path, columns: Sequence[str], dialect: type = csv.excel) -> Iterator[tuple[int, dict[str, str]]]:
-    """Rows of a CSV file as text, with their lines; cells such as "NA" stay what they are.
-
-    Raises:
-        DataError: the file is missing, is no UTF-8, or lacks one of the columns.
-    """
-    try:
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            reader = csv.DictReader(file, restval="", dialect=dialect)
-            missing = [column for column in columns if column not in (reader.fieldnames or ())]
-            if missing:
-                found = ", ".join(str(name)[:40] for name in (reader.fieldnames or ())[:20])
-                if len(missing) == len(columns):  # without a header these are somebody's texts
-                    found = "no known name; is the header missing?"
-                raise DataError(str(path), f"no column {', '.join(missing)}; found: {found}", "Download it again")
-            line = reader.line_num + 1
-            for row in reader:
-                yield line, row  # of a cell with line breaks the line where the row starts
-                line = reader.line_num + 1
-    except (OSError, UnicodeDecodeError, csv.Error) as error:
-        raise _unreadable(path, error) from error
-
-
-def read_json_list(path: Path) -> Iterator[tuple[int, Any]]:
-    """Members of a JSON list with their numbers from 1, without holding the file in memory: CT-RATE's has 1.2 GB.
-
-    Raises:
-        DataError: the file is missing or holds no JSON list.
-    """
-    decoder = json.JSONDecoder()
-    try:
-        with path.open(encoding="utf-8-sig") as file:
-            text, position, number, is_end = "", 0, 0, False
-
-            def more() -> None:
-                nonlocal text, position, is_end
-                chunk = file.read(_CHUNK)
-                text, position, is_end = text[position:] + chunk, 0, not chunk
-
-            def skip(characters: str) -> str:
-                """The next character that is none of these; "" at the end."""
-                nonlocal position
-                while True:
-                    while position < len(text) and text[position] in characters:
-                        position += 1
-                    if position < len(text) or is_end:
-                        return text[position : position + 1]
-                    more()
-
-            if skip(" \t\r\n") != "[":
-                raise DataError(str(path), "holds no JSON list", "Download it again")
-            position += 1
-            while (character := skip(" \t\r\n,")) != "]":
-                if not character:
-                    raise DataError(str(path), "ends in the middle of its list", "Download it again")
-                while True:
-                    try:
-                        member, position = decoder.raw_decode(text, position)
-                        break
-                    except json.JSONDecodeError:
-                        if is_end or len(text) - position > _LONGEST:
-                            raise
-                        more()
-                number += 1
-                yield number, member
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise _unreadable(path, error) from error
-
-
-def _unreadable(path: Path, error: Exception) -> DataError:
-    if isinstance(error, FileNotFoundError):
-        return DataError(
-            str(path), "there is no such file", "Check the folder; it must be laid out as it is published"
-        )
-    return DataError(str(path), f"cannot be read ({type(error).__name__})", "Download it again")

@@ -27,11 +27,13 @@ splits are for comparison with others' alone.
 import json
 from collections.abc import Iterator
 from functools import lru_cache
+from os.path import isfile  # False, not an error, for a name that no file can have
 from pathlib import Path
 
 from ct_moe import DataError
 
-from .item import BadRow, Item, closed_item, pick, read_csv
+from .files import read_csv
+from .item import BadRow, Item, closed_item, pick
 
 
 CAP_SPLITS = ("train", "validation", "test", "test100", "test500", "test1k")
@@ -65,13 +67,15 @@ def read_cap(root: Path, split: str) -> Iterator[Item | BadRow]:
         raise DataError(str(file), f"cannot be read ({type(error).__name__})", "Download it again") from error
     except KeyError:
         raise DataError(str(file), f"has no split {split}", f"Use one of {', '.join(CAP_SPLITS)}") from None
+    if not isinstance(entries, list):
+        raise DataError(str(file), f"holds no list of {split}", "Download it again")
     for number, entry in enumerate(entries, 1):
-        if not isinstance(entry, dict) or not all(isinstance(entry.get(name), str) for name in ("image", "text")):
+        if not isinstance(entry, dict) or not all(_is_text(entry.get(name)) for name in ("image", "text")):
             yield BadRow(str(file), number, "no image or no text")
             continue
         try:
             report = (root / entry["text"]).read_text(encoding="utf-8").strip()
-        except (OSError, UnicodeDecodeError) as error:
+        except (OSError, ValueError) as error:  # of UTF-8 or of the path
             yield BadRow(str(file), number, f"its text cannot be read ({type(error).__name__})")
             continue
         if not report:
@@ -99,6 +103,9 @@ def read_vqa(root: Path, split: str) -> Iterator[Item | BadRow]:
     name = f"M3D_VQA_{VQA_SPLITS[split]}.csv"
     file = _first(root, f"M3D-VQA/{name}", f"M3D_VQA/{name}", name)
     for line, row in read_csv(file, _VQA_COLUMNS):
+        if isinstance(row, str):
+            yield BadRow(str(file), line, row)
+            continue
         kind = KINDS.get(row["Question Type"].strip())
         common = {
             "images": [_image(root, row["Image Path"])],
@@ -122,8 +129,12 @@ def read_vqa(root: Path, split: str) -> Iterator[Item | BadRow]:
 @lru_cache(maxsize=1 << 17)
 def _image(root: Path, name: str) -> str:
     """The array that a file names or, where only that is there, a NIfTI file of this name."""
-    path, as_nifti = root / name, (root / name).with_suffix(".nii.gz")
-    return str(as_nifti if not path.is_file() and as_nifti.is_file() else path)
+    path, as_nifti = root / name, root / f"{name.removesuffix('.npy')}.nii.gz"
+    return str(as_nifti if not isfile(path) and isfile(as_nifti) else path)
+
+
+def _is_text(value) -> bool:
+    return isinstance(value, str) and bool(value.strip())
 
 
 def _case(image: str) -> str:
@@ -133,6 +144,6 @@ def _case(image: str) -> str:
 
 def _first(root: Path, *names: str) -> Path:
     for name in names:
-        if (root / name).is_file():
+        if isfile(root / name):
             return root / name
     raise DataError(str(root), f"has no {names[0]}", "Name the folder that holds the files as they are published")

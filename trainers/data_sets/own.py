@@ -18,16 +18,17 @@ for training, and for evaluation, where they are wanted: `id`, `patient`, `kind`
 list; in CSV separated by `|`) and `answer` (one of them). In a folder `scan.nii.gz` has its report in `scan.txt`.
 """
 
-import csv
-import json
 from collections.abc import Iterator
+from os.path import isdir
 from pathlib import Path
 from typing import Any
 
 from ct_moe import DataError
 from ct_moe.pipeline_ct_moe import REPORT_PROMPT
 
-from .item import LETTERS, BadRow, Item, read_csv
+from .files import read_table
+from .item import LETTERS, BadRow, Item
+from .messages import UnusableError, completion_messages, prompt_messages, task_name
 
 
 _SCANS = (".nii.gz", ".nii", ".mha", ".mhd", ".nrrd", ".npz", ".npy", ".zip")
@@ -35,7 +36,7 @@ _SCANS = (".nii.gz", ".nii", ".mha", ".mhd", ".nrrd", ".npz", ".npy", ".zip")
 
 def read_own(root: Path, split: str) -> Iterator[Item | BadRow]:
     """Rows of a file, or of `SPLIT.csv`, `.tsv` or `.jsonl` in a folder, or else the folder's scans and reports."""
-    if root.is_dir():
+    if isdir(root):
         for suffix in (".jsonl", ".csv", ".tsv"):
             if (root / f"{split}{suffix}").is_file():
                 root = root / f"{split}{suffix}"
@@ -55,56 +56,46 @@ def are_choices(choices: Any) -> bool:
 
 
 def _lines(file: Path) -> Iterator[tuple[int, dict[str, Any] | str]]:
-    if file.suffix.lower() == ".jsonl":
-        try:
-            with file.open(encoding="utf-8-sig") as lines:
-                for number, line in enumerate(lines, 1):
-                    if line.strip():
-                        try:
-                            row = json.loads(line)
-                        except json.JSONDecodeError:
-                            row = None
-                        yield number, row if isinstance(row, dict) else "is no JSON object"
-        except (OSError, UnicodeDecodeError) as error:
-            raise DataError(str(file), f"cannot be read ({type(error).__name__})", "Check the path") from error
-    elif file.suffix.lower() in (".csv", ".tsv"):
-        separator = "\t" if file.suffix.lower() == ".tsv" else ","
-        for line, row in read_csv(file, ("prompt", "completion"), csv.excel if separator == "," else csv.excel_tab):
-            cells: dict[str, Any] = {name: value for name, value in row.items() if value}
-            if "images" in cells:
-                cells["images"] = [part.strip() for part in cells["images"].split(";") if part.strip()]
-            if "choices" in cells:
-                cells["choices"] = [part.strip() for part in cells["choices"].split("|")]
-            yield line, cells
-    else:
+    if file.suffix.lower() not in (".jsonl", ".csv", ".tsv"):
         raise DataError(str(file), "is no folder and no .csv, .tsv or .jsonl file", "Write one of these")
+    for line, row in read_table(file, ("prompt", "completion")):
+        if isinstance(row, dict) and file.suffix.lower() != ".jsonl":
+            row = {name: value for name, value in row.items() if value}
+            if "images" in row:
+                row["images"] = [part.strip() for part in row["images"].split(";") if part.strip()]
+            if "choices" in row:
+                row["choices"] = [part.strip() for part in row["choices"].split("|")]
+        yield line, row
 
 
 def _item(file: Path, line: int, row: dict[str, Any]) -> Item | str:
-    images = row.get("images", row.get("image", []))
-    images = [images] if isinstance(images, str) else images
-    if not isinstance(images, list) or not all(isinstance(image, str) and image for image in images):
+    images, choices, answer = row.get("images", row.get("image")), row.get("choices"), row.get("answer")
+    if isinstance(images, str):
+        images = [images] if images.strip() else []
+    images = [] if images is None else images
+    if not isinstance(images, list) or not all(isinstance(image, str) and image.strip() for image in images):
         return "images is no list of paths"
-    prompt, completion, choices, answer = (row.get(name) for name in ("prompt", "completion", "choices", "answer"))
-    if isinstance(completion, list):  # messages
-        completion = completion[-1].get("content") if completion and isinstance(completion[-1], dict) else None
-    if not isinstance(completion, str) or not completion.strip():
-        return "an empty completion"
-    if not prompt or not isinstance(prompt, (str, list)):
-        return "an empty prompt"
+    try:  # what training would refuse is not scored either
+        prompt, task = prompt_messages(row.get("prompt")), task_name(row.get("task"))
+        completion = completion_messages(row.get("completion"))[0]["content"].strip()
+    except UnusableError as error:
+        column, finding, _ = error.args
+        return f"{column} {finding}"
+    if isinstance(row["prompt"], str):
+        prompt = row["prompt"]
     if choices is not None:
         if not are_choices(choices):
             return f"choices are no list of 2 to {len(LETTERS)} different texts"
         if answer not in choices:
             return "the answer is none of the choices"
-    task = row.get("task") or ("vqa_closed" if choices else "report" if prompt == REPORT_PROMPT else "vqa_open")
+    task = task or ("vqa_closed" if choices else "report" if prompt == REPORT_PROMPT else "vqa_open")
     images = [image if "://" in image else str(file.parent / image) for image in images]
     return Item(
         id=f"{file.stem}-{line}" if row.get("id") is None else str(row["id"]),
         images=images,
         prompt=prompt,
-        completion=completion.strip(),
-        task=str(task),
+        completion=completion,
+        task=task,
         kind=str(row.get("kind") or task),
         patient=str(row["patient"] if row.get("patient") is not None else images[0] if images else f"line {line}"),
         where=(str(file), line),
@@ -114,15 +105,19 @@ def _item(file: Path, line: int, row: dict[str, Any]) -> Item | str:
 
 
 def _read_folder(folder: Path) -> Iterator[Item | BadRow]:
-    scans = {}
+    scans: list[tuple[str, Path]] = []
     for path in sorted(folder.iterdir()):
         suffix = next((suffix for suffix in _SCANS if path.name.lower().endswith(suffix)), None)
         if suffix or path.is_dir():
-            scans[path.name[: -len(suffix)] if suffix else path.name] = path
-    if not any((folder / f"{name}.txt").is_file() for name in scans):
+            scans.append((path.name[: -len(suffix)] if suffix else path.name, path))
+    if not any((folder / f"{name}.txt").is_file() for name, _ in scans):
         finding = "holds no scan with a report of the same name (scan.nii.gz, scan.txt)"
         raise DataError(str(folder), finding, "Write such reports, or a CSV or JSONL file")
-    for number, (name, path) in enumerate(scans.items(), 1):
+    first: dict[str, Path] = {}
+    for number, (name, path) in enumerate(scans, 1):
+        if first.setdefault(name, path) != path:
+            yield BadRow(str(path), number, f"its report is that of {first[name].name}")
+            continue
         try:
             report = (folder / f"{name}.txt").read_text(encoding="utf-8").strip()
         except (OSError, UnicodeDecodeError) as error:

@@ -31,7 +31,8 @@ from pathlib import Path
 from ct_moe import DataError
 
 from .ct_rate import NO_CHEST, no_chest, patient_of, scan_path
-from .item import BadRow, Item, closed_item, read_csv
+from .files import read_csv
+from .item import BadRow, Item, closed_item
 
 
 SPLITS = ("train", "test")
@@ -51,6 +52,9 @@ def read_vqa(root: Path, split: str) -> Iterator[Item | BadRow]:
         task = re.sub(r"^Task\d+_", "", file.parent.name).replace("_", " ").lower()
         kind = f"{task}, {file.stem.replace('_', ' ')}"
         for line, row in read_csv(file, _COLUMNS):
+            if isinstance(row, str):
+                yield BadRow(str(file), line, row)
+                continue
             cells = {name: "" if row[name].strip() == "-" else row[name].strip() for name in _COLUMNS}
             name = re.sub(r"^test_", "valid_", cells["VolumeName"])
             path = scan_path(root, name)

@@ -48,7 +48,8 @@ def majority(train: Iterable[Item], items: Sequence[Item]) -> list[str]:
             texts.append(usual.get(kind, ""))
             continue
         seen = counts.get(kind, Counter())
-        best = max(item.choices, key=lambda choice: seen[choice])  # the first of those that are equal
+        shown = [choice for choice in item.choices if choice]
+        best = max(shown, key=lambda choice: seen[choice])  # the first of those that are equal
         texts.append(f"{LETTERS[item.choices.index(best)]}. {best}")
     return texts
 
@@ -62,15 +63,15 @@ def nearest_reports(
     """The training report of the scan that looks most alike: small pictures of eight slabs, by correlation.
 
     Args:
-        train: items of which the reports count. Every one of their scans is read: give a volume cache.
-        items: of which the reports are answered; others get `None`.
+        train: items of which the reports with a scan count. Every one of them is read: give a volume cache.
+        items: of which the reports with a scan are answered; others get `None`.
         read: path -> processed scan, with `pixel_values`.
 
     Raises:
         DataError: no training scan can be read.
     """
-    reports = [item for item in train if item.task == "report"]
-    asked = [item for item in items if item.task == "report"]
+    reports = [item for item in train if item.task == "report" and item.images]
+    asked = [item for item in items if item.task == "report" and item.images]
     paths = list(dict.fromkeys(item.images[0] for item in (*reports, *asked)))
 
     def look(path: str) -> np.ndarray | None:
@@ -88,7 +89,7 @@ def nearest_reports(
     known = np.stack([looks[item.images[0]] for item in reports])
     texts: list[str | None] = []
     for item in items:
-        own = looks.get(item.images[0]) if item.task == "report" else None
+        own = looks.get(item.images[0]) if item.task == "report" and item.images else None
         texts.append(None if own is None else reports[int((known @ own).argmax())].completion)
     return texts
 

@@ -23,17 +23,18 @@ def score_closed(rows: Sequence[dict], texts: Sequence[str]) -> list[dict[str, b
     """Whether each text names the right choice.
 
     Args:
-        rows: with `choices` and `answer`, the right one.
+        rows: with `choices` and `answer`, the right one; with `letter` where the texts do not tell the choice.
         texts: what the model wrote: "left kidney", "left kidney, B.", "B. left kidney", "(b) left kidney" or "B".
 
     Returns:
         Per row `strict`: the text names the right choice, whatever letter it adds, or gives its letter alone;
         `letter`: it tells the right letter and no other; and `m3d`: "<letter>." is somewhere in the text, the rule of
-        the M3D benchmark (Bench/eval/eval_vqa.py), which counts "A. B." as right.
+        the M3D benchmark (Bench/eval/eval_vqa.py), which counts "A. B." as right. A row with `letter` has no text
+        that is right: there `strict` is `letter`.
     """
     scores = []
     for row, text in zip(rows, texts, strict=True):
-        letter = LETTERS[row["choices"].index(row["answer"])]
+        letter = row.get("letter") or LETTERS[row["choices"].index(row["answer"])]
         m3d = f"{letter}." in text
         text = re.sub(r"\(([a-d])\)", lambda match: f"{match[1].upper()}. ", text)  # as CT-RATE writes choices
         answer = _plain(row["answer"])
@@ -45,6 +46,7 @@ def score_closed(rows: Sequence[dict], texts: Sequence[str]) -> list[dict[str, b
         rest = re.sub(re.escape(answer), " ", text, flags=re.IGNORECASE) if is_named else text
         letters = set(re.findall(r"\b[A-D]\b(?! [a-z])|\b[A-D](?=[.):])", rest))  # not the article
         strict = is_named or (not _plain(before) and letters == {letter})
+        strict = letters == {letter} if row.get("letter") else strict
         scores.append({"strict": strict, "letter": letters == {letter}, "m3d": m3d})
     return scores
 

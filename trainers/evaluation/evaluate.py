@@ -23,30 +23,29 @@ OUT.png                    accuracy by type of question, where matplotlib is ins
 The same arguments give the same OUT.json, however often the run was killed and however many processes shared it.
 """
 
-import csv
 import hashlib
 import json
 import os
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
-
-import torch
-from accelerate import PartialState
 
 from ct_moe import DataError
 
 from ..data_sets.catalogue import DATA_SETS, find_data_set, read_items
 from ..data_sets.ct_rate import labels_file, read_labels
 from ..data_sets.item import BadRow, Item
-from ..data_sets.own import are_choices
 from ..phantoms.controls import blind
 from ..volume_cache import VolumeCache
 from .abnormality_labels import classifier_labels, rule_labels
 from .baselines import labels_to_template, majority, nearest_reports
+from .libraries import library
 from .model_scorers import find_scorer
 from .plots import plot_kinds
-from .predictions import MAX_NEW_TOKENS, predict
+from .prediction_files import own_items, read_predictions, texts_of
+from .processes import processes
 from .results import model_index, score_predictions
 from .text_metrics import text_scores
 
@@ -90,7 +89,7 @@ def evaluate(
         meteor: as in `text_scores`.
         revision, dtype: of the model.
         batch_size: rows that go through the model together. Part of what a run is: one with another is not gone on.
-        max_new_tokens: longest answer; by default `MAX_NEW_TOKENS` by task.
+        max_new_tokens: longest answer; by default by task, as in `predict`.
         volume_cache: folder for processed scans.
         progress: whether to show bars.
 
@@ -102,9 +101,88 @@ def evaluate(
         ModelError: the model cannot be loaded.
     """
     out = Path(out)
+    _check_arguments(out, model, data, predictions, baselines)
+    state = processes()
+
+    # What could fail later fails now, before hours of answering.
+    asked = _Asked() if data is None else _read(data, root, split, rows)
+    if data is not None:
+        _check_baselines(baselines, asked, data, root)
+    scoring: dict[str, Any] = {"meteor": meteor}
+    if state.is_main_process:
+        text_scores(["-"], ["-"], meteor=meteor)  # are its libraries there?
+        scoring |= {"labels": asked.labels, "scorers": dict(find_scorer(name) for name in scorers)}
+        scoring["labeller"] = rule_labels if labeller is None else classifier_labels(labeller)
+
+    if predictions is not None:
+        said = _read_answers(Path(predictions), asked)
+    else:
+        settings = {"batch_size": batch_size, "max_new_tokens": max_new_tokens, "progress": progress}
+        loading = {"revision": revision, "dtype": dtype, "volume_cache": volume_cache}
+        said = _answer(model, out, asked, "blind" in baselines, loading, settings)
+    if not state.is_main_process:
+        return {}
+
+    others = {} if said.blind is None else {"blind": said.blind}
+    if "majority" in baselines:
+        others["majority"] = list(majority(_train(data, root, asked.items), asked.items))
+    if "nearest" in baselines:
+        train = _train(data, root, asked.items)
+        others["nearest"] = nearest_reports(train, asked.items, said.read or _reader(asked.intensity), progress)
+    if "labels" in baselines:
+        others["labels"] = labels_to_template(asked.items, asked.labels)
+    result = _result(asked, said, others, scoring)
+    part = out.with_name(f"{out.name}.part")
+    part.write_text(json.dumps(result, indent=2, sort_keys=True, allow_nan=False) + "\n", encoding="utf-8")
+    os.replace(part, out)
+    plot_kinds(result, out.with_suffix(".png"))
+    return result
+
+
+@dataclass
+class _Asked:
+    """What is asked: rows of a data set, or what a file of answers brings.
+
+    Attributes:
+        items, bad: rows that can be scored, and lines that cannot be used.
+        known: ids of the whole split, of which `items` may be a part.
+        about: for the results. Answers do not depend on `protocol` and `url`.
+        intensity: of the scans, as `DataSet` has it.
+        labels: true abnormalities by item id, where the data set has them and they were downloaded.
+        notes: what is missing without being an error.
+    """
+
+    items: list[Item] = field(default_factory=list)
+    bad: list[BadRow] = field(default_factory=list)
+    known: set[str] = field(default_factory=set)
+    about: dict[str, Any] = field(default_factory=dict)
+    protocol: str = ""
+    url: str = ""
+    intensity: str | None = None
+    labels: dict[str, list[int]] | None = None
+    notes: list[str] = field(default_factory=list)
+
+
+@dataclass
+class _Said:
+    """What was said: a text for every item or `None`, why there is none by id, and by whom.
+
+    `blind` is what the model said to air, `read` makes a path a processed scan, `unknown` are lines of a file of
+    answers whose ids nobody asked for.
+    """
+
+    texts: list[str | None]
+    system: dict[str, Any]
+    errors: dict[str, str] = field(default_factory=dict)
+    blind: list[str | None] | None = None
+    read: Callable[[str], dict] | None = None
+    unknown: list[int] | None = None
+
+
+def _check_arguments(out: Path, model, data, predictions, baselines: Sequence[str]) -> None:
     if (model is None) == (predictions is None):
         raise DataError("model", "is missing" if model is None else "comes with predictions", "Give one of the two")
-    if out.suffix != ".json" or not out.parent.is_dir():
+    if out.suffix != ".json" or not out.parent.is_dir() or out.is_dir():
         raise DataError(str(out), "is no .json file in a folder that exists", "Name one, such as results.json")
     if unknown := [name for name in baselines if name not in BASELINES]:
         raise DataError("baselines", f"{unknown[0]!r} is unknown", f"Use {', '.join(BASELINES)}")
@@ -112,194 +190,144 @@ def evaluate(
         raise DataError("data", "is missing", f"Name one of {', '.join(DATA_SETS)} and its folder")
     if "blind" in baselines and model is None:
         raise DataError("baseline blind", "needs the model", "Leave it out with predictions")
-    state = PartialState(cpu=not torch.cuda.is_available())
 
-    # What could fail later fails now, before hours of answering.
-    about: dict[str, Any] = {}
-    bad: list[BadRow] = []
-    labels = None
-    if data is not None:
-        known = find_data_set(data)
-        split = split or ("test" if "test" in known.splits else "validation")
-        items, bad = _read(data, root, split, rows)
-        about = {"data": data, "title": known.title, "licence": known.licence, "split": split, "rows": rows}
-        labels = _labels(data, root, split)
-        _check_baselines(baselines, items, labels, data, root)
-    scoring: dict[str, Any] = {"meteor": meteor}
-    if state.is_main_process:
-        text_scores(["-"], ["-"], meteor=meteor)  # are its libraries there?
-        scoring |= {"labels": labels, "scorers": dict(find_scorer(name) for name in scorers)}
-        scoring["labeller"] = rule_labels if labeller is None else classifier_labels(labeller)
 
-    texts: list[str | None]
-    said: dict[str, list[str | None]] = {}
-    read = None
-    if predictions is not None:
-        system: dict[str, Any] = {"predictions": Path(predictions).name}
-        found = _read_predictions(Path(predictions))
-        if data is None:
-            items = [_own_item(Path(predictions), line, row) for line, row in found]
-            texts = [row["prediction"] for _, row in found]
-        else:
-            texts = _of_items(items, found, Path(predictions))
+def _read_answers(file: Path, asked: _Asked) -> _Said:
+    """Of any system; without a data set they bring what was asked."""
+    found, bad = read_predictions(file)
+    said = _Said([], {"predictions": file.name})
+    if asked.about:
+        said.texts, said.unknown = texts_of(asked.items, asked.known, found, bad, file)
     else:
-        from ct_moe.hub.folder import load_folder
+        asked.items, said.texts = own_items(found, bad, file)
+    asked.bad += bad
+    return said
 
-        network, processor, commit = load_folder(model, revision=revision, dtype=dtype)
-        network.to(state.device)
-        images = processor.image_processor
-        if known.intensity not in (None, images.intensity):
-            finding = f"its scans are {known.intensity!r}, the model's image processor takes {images.intensity!r}"
-            raise DataError(data, finding, "Train a model with that intensity, or choose other data")
-        cache = None if volume_cache is None else VolumeCache(volume_cache, images)
-        read = images.process_volume if cache is None else cache.read
-        system = {"model": Path(model).name if Path(model).is_dir() else model, "revision": commit}
-        system |= {"files": _hash(model), "dtype": dtype, "scope": network.config.intended_scope}
-        settings = {"batch_size": batch_size, "volume_cache": cache, "progress": progress}
-        if max_new_tokens is not None:
-            settings["max_new_tokens"] = dict.fromkeys(MAX_NEW_TOKENS, max_new_tokens)
-        answering = {**about, **system}
-        answers = predict(
-            network, processor, items, out.with_suffix(".predictions.jsonl"), about=answering, **settings
-        )
-        texts = [answer.text for answer in answers]
-        if "blind" in baselines:
-            air, file = blind(images), out.with_suffix(".blind.jsonl")
-            shown = {"about": {**answering, "control": "blind"}, "change": lambda scan: air(scan, {})}
-            said["blind"] = [answer.text for answer in predict(network, processor, items, file, **shown, **settings)]
-    if not state.is_main_process:
-        return {}
 
-    if "majority" in baselines:
-        said["majority"] = list(majority(_train(data, root, items), items))
-    if "nearest" in baselines:
-        reports = (item for item in _train(data, root, items) if item.task == "report")
-        said["nearest"] = nearest_reports(reports, items, read or _reader(known.intensity), progress)
-    if "labels" in baselines:
-        said["labels"] = labels_to_template(items, labels)
-    result = {"about": about, "system": system, **score_predictions(items, texts, **scoring)}
-    left_out = [row for row in bad if row.is_left_out]
-    bad = [row for row in bad if not row.is_left_out]
-    result["counts"] |= {"bad_rows": len(bad), "left_out": len(left_out)}
+def _answer(model: str, out: Path, asked: _Asked, with_blind: bool, loading: dict, settings: dict) -> _Said:
+    from ct_moe.hub.folder import load_folder
+
+    library("trl", package="ct-moe[train,eval]")  # what answers a model: scores alone do not need it
+    from .predictions import predict
+
+    volume_cache = loading.pop("volume_cache")
+    network, processor, commit = load_folder(model, **loading)
+    network.to(processes().device)
+    images = processor.image_processor
+    if asked.intensity not in (None, images.intensity):
+        finding = f"its scans are {asked.intensity!r}, the model's image processor takes {images.intensity!r}"
+        raise DataError(asked.about["data"], finding, "Train a model with that intensity, or choose other data")
+    cache = None if volume_cache is None else VolumeCache(volume_cache, images)
+    system = {"model": Path(model).name if Path(model).is_dir() else model, "revision": commit}
+    system |= {"files": _hash(model), "dtype": loading["dtype"], "scope": network.config.intended_scope}
+    settings |= {"about": {**asked.about, **system}, "volume_cache": cache}
+    answers = predict(network, processor, asked.items, out.with_suffix(".predictions.jsonl"), **settings)
+    said = _Said([answer.text for answer in answers], system)
+    said.errors = {answer.id: answer.error for answer in answers if answer.error is not None}
+    said.read = images.process_volume if cache is None else cache.read
+    if with_blind:
+        air = blind(images)
+        settings["about"] = {**settings["about"], "control": "blind"}
+        shown = {**settings, "change": lambda scan: air(scan, {})}
+        answers = predict(network, processor, asked.items, out.with_suffix(".blind.jsonl"), **shown)
+        said.blind = [answer.text for answer in answers]
+    return said
+
+
+def _result(asked: _Asked, said: _Said, others: dict[str, list], scoring: dict[str, Any]) -> dict[str, Any]:
+    """What OUT.json holds; `others` are the texts of the baselines."""
+    items, texts = asked.items, said.texts
+    about = {**asked.about, "protocol": asked.protocol} if asked.about else {}
+    result = {"about": about, "system": said.system, **score_predictions(items, texts, **scoring)}
+    bad = [row for row in asked.bad if not row.is_left_out]
+    result["counts"] |= {"bad_rows": len(bad), "left_out": len(asked.bad) - len(bad)}
     result["bad_rows"] = [f"{Path(row.file).name}, line {row.line}: {row.finding}" for row in bad]
-    result["unanswered"] = [item.id for item, text in zip(items, texts) if text is None]
+    result["unanswered"] = {
+        item.id: f"{Path(item.where[0]).name}, line {item.where[1]}: {said.errors.get(item.id, 'no prediction')}"
+        for item, text in zip(items, texts)
+        if text is None
+    }
     result["baselines"] = {}
-    for name in [name for name in BASELINES if name in said]:
+    for name in [name for name in BASELINES if name in others]:
         # On the rows that both answer: nearest and labels write reports alone.
-        kept = [row for row, text in enumerate(said[name]) if text is not None and texts[row] is not None]
+        kept = [row for row, text in enumerate(others[name]) if text is not None and texts[row] is not None]
         if kept:
-            rows_of = [items[row] for row in kept], [said[name][row] for row in kept]
+            rows_of = [items[row] for row in kept], [others[name][row] for row in kept]
             result["baselines"][name] = score_predictions(*rows_of, **scoring)
-    if data is not None:
-        named = {"name": system.get("model", "predictions"), "data": known.title}
-        named["data_id"] = known.url.removeprefix("https://huggingface.co/datasets/") or data
-        result["model_index"] = model_index(result, split=split, **named)
-    part = out.with_name(f"{out.name}.part")
-    part.write_text(json.dumps(result, indent=2, sort_keys=True) + "\n", encoding="utf-8")
-    os.replace(part, out)
-    plot_kinds(result, out.with_suffix(".png"))
+    if asked.about:
+        named = {"name": said.system.get("model", "predictions"), "data": asked.about["title"]}
+        named["data_id"] = asked.url.removeprefix("https://huggingface.co/datasets/") or asked.about["data"]
+        result["model_index"] = model_index(result, split=asked.about["split"], **named)
+    result["notes"] = [*asked.notes, *_notes(result)]
+    if said.unknown is not None:
+        result["counts"]["unknown_ids"] = len(said.unknown)
+        if said.unknown:
+            note = f"{len(said.unknown)} predictions have an id that is none of the split's, the first is line "
+            result["notes"].append(f"{note}{said.unknown[0]}")
     return result
 
 
-def _check_baselines(baselines: Sequence[str], items: list[Item], labels, data: str, root) -> None:
-    if {"nearest", "labels"} & set(baselines) and not any(item.task == "report" for item in items):
+def _notes(result: dict[str, Any]) -> list[str]:
+    """What a reader may miss in the results."""
+    notes = []
+    written = [result[part] for part in ("open", "report") if part in result]
+    if any("meteor" not in part["metrics"] for part in written):
+        notes.append("METEOR was not computed: nltk finds no WordNet and punkt_tab, or it was left out")
+    for part in written:
+        for name, summary in part["metrics"].items():
+            if summary["mean"] is None:
+                notes.append(f"{name} has no mean: its scorer gave no number for some rows")
+    if find_spec("matplotlib") is None:
+        notes.append('no picture was drawn: matplotlib is not installed (pip install "ct-moe[plots]")')
+    return notes
+
+
+def _check_baselines(baselines: Sequence[str], asked: _Asked, data: str, root) -> None:
+    if {"nearest", "labels"} & set(baselines) and not any(item.task == "report" for item in asked.items):
         name = "nearest" if "nearest" in baselines else "labels"
         raise DataError(f"baseline {name}", f"{data} has no reports", "Leave it out")
-    if "labels" in baselines and not labels:
+    if "labels" in baselines and not asked.labels:
         raise DataError("baseline labels", f"{data} has no labels in {root}", "Leave it out, or download them")
     if {"majority", "nearest"} & set(baselines):
-        next(_train(data, root, items), None)  # is it there, and is it another one?
+        next(_train(data, root, asked.items), None)  # is it there, and is it another one?
 
 
 def _train(data: str, root, items: Sequence[Item]) -> Iterator[Item]:
     """Items of the training split, which must not be those that are scored."""
     split = find_data_set(data).splits[0]
-    scored = {item.id for item in items}
+    scored = {item.id: item.row() for item in items}
     for item in read_items(data, root, split):
         if isinstance(item, Item):
-            if item.id in scored:
+            if scored.get(item.id) == item.row():  # files may count their rows alike
                 finding = "its training rows are those that are scored"
                 raise DataError(data, finding, "Leave out majority and nearest, or name a folder with a training file")
             yield item
 
 
-def _read(data: str, root, split: str, rows: int | None) -> tuple[list[Item], list[BadRow]]:
+def _read(data: str, root, split: str | None, rows: int | None) -> _Asked:
+    known = find_data_set(data)
+    split = split or ("test" if "test" in known.splits else "validation")
     if root is None:
         raise DataError("root", "is missing", f"Name the folder of {data}")
-    items: list[Item] = []
-    bad: list[BadRow] = []
+    asked = _Asked(protocol=known.protocol, url=known.url, intensity=known.intensity)
     for item in read_items(data, root, split):
-        (items if isinstance(item, Item) else bad).append(item)
+        (asked.items if isinstance(item, Item) else asked.bad).append(item)
+    asked.known = {item.id for item in asked.items}
     if rows is not None:
-        chosen = sorted(items, key=lambda item: hashlib.sha256(item.id.encode()).digest())[:rows]
+        chosen = sorted(asked.items, key=lambda item: hashlib.sha256(item.id.encode()).digest())[:rows]
         kept = {item.id for item in chosen}
-        items = [item for item in items if item.id in kept]
-    if not items:
+        asked.items = [item for item in asked.items if item.id in kept]
+    if not asked.items:
         raise DataError(str(root), f"{data} has no row that can be used in {split}", "Run: ct-moe check")
-    return items, bad
-
-
-def _read_predictions(file: Path) -> list[tuple[int, dict[str, Any]]]:
-    """Lines with `prediction`; those of `predict` call it `text`."""
-    found: list[tuple[int, dict[str, Any]]] = []
-    try:
-        with file.open(encoding="utf-8-sig", newline="") as lines:
-            if file.suffix.lower() == ".csv":
-                read = [(number, dict(row)) for number, row in enumerate(csv.DictReader(lines), 2)]
-            else:
-                read = [(number, json.loads(line)) for number, line in enumerate(lines, 1) if line.strip()]
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError, csv.Error) as error:
-        raise DataError(str(file), f"cannot be read ({type(error).__name__})", "Write JSONL or CSV") from error
-    for line, row in read:
-        if not isinstance(row, dict):
-            raise DataError(str(file), f"line {line} is no JSON object", "Write one object per line")
-        if "about" in row and "asked" in row:  # the first line of what `predict` writes
-            continue
-        text = row.get("prediction", row.get("text"))
-        if text is not None and not isinstance(text, str):
-            raise DataError(str(file), f"line {line} has a prediction that is no text", "Write texts")
-        if "prediction" not in row and "text" not in row:
-            raise DataError(str(file), f"line {line} has no prediction", "Name the column prediction")
-        found.append((line, {**row, "prediction": text}))
-    ids = [str(row["id"]) for _, row in found if row.get("id") is not None]
-    if len(set(ids)) < len(ids):
-        twice = next(name for name in ids if ids.count(name) > 1)
-        raise DataError(str(file), f"has two predictions for {twice}", "Keep one of them")
-    if not found:
-        raise DataError(str(file), "holds no predictions", "Write one per line")
-    return found
-
-
-def _own_item(file: Path, line: int, row: dict[str, Any]) -> Item:
-    choices, answer, reference = row.get("choices"), row.get("answer"), row.get("reference")
-    if isinstance(choices, str):
-        choices = [part.strip() for part in choices.split("|")] if choices else None
-    if choices is not None and (not are_choices(choices) or answer not in choices):
-        raise DataError(str(file), f"line {line}: no two to four choices with the answer", "Repair it")
-    reference = reference or answer
-    if not isinstance(reference, str) or not reference.strip():
-        raise DataError(str(file), f"line {line} has no reference", "Write one, or name the data set")
-    task = str(row.get("task") or ("vqa_closed" if choices else "vqa_open"))
-    return Item(
-        id=str(line if row.get("id") is None else row["id"]),
-        images=[],
-        prompt="",
-        completion=reference,
-        task=task,
-        kind=str(row.get("kind") or task),
-        patient=str(next((row[key] for key in ("patient", "id") if row.get(key) is not None), line)),
-        where=(str(file), line),
-        answer=answer if choices else None,
-        choices=choices,
-    )
-
-
-def _labels(data: str | None, root, split: str | None) -> dict[str, list[int]] | None:
-    """True abnormalities by item id, where the data set has them and they were downloaded."""
-    if data != "ct-rate" or not labels_file(Path(root), split).is_file():
-        return None
-    labels = read_labels(Path(root), split)
-    return {f"ct-rate-{name.removesuffix('.nii.gz')}": values for name, values in labels.items()}
+    asked.about = {"data": data, "title": known.title, "licence": known.licence, "split": split, "rows": rows}
+    if data == "ct-rate":
+        file = labels_file(Path(root), split)
+        if file.is_file():
+            labels = read_labels(Path(root), split)
+            asked.labels = {f"ct-rate-{name.removesuffix('.nii.gz')}": values for name, values in labels.items()}
+        else:
+            asked.notes.append(f"clinical scores were not computed: there is no {file.relative_to(root)}")
+    return asked
 
 
 def _reader(intensity: str | None) -> Callable[[str], dict]:
@@ -308,14 +336,6 @@ def _reader(intensity: str | None) -> Callable[[str], dict]:
 
     images = CTMoEImageProcessor(size={"height": 32, "width": 32}, patch_size=16, intensity=intensity or "hu")
     return images.process_volume
-
-
-def _of_items(items: Sequence[Item], found: list[tuple[int, dict]], file: Path) -> list[str | None]:
-    by_id = {str(row.get("id")): row["prediction"] for _, row in found}
-    if missing := [item.id for item in items if item.id not in by_id]:
-        finding = f"{len(missing)} of {len(items)} rows have no prediction, the first is {missing[0]}"
-        raise DataError(str(file), finding, "Predict them: ct-moe check --items lists all; an empty text is wrong")
-    return [by_id[item.id] for item in items]
 
 
 def _hash(model: str) -> str | None:

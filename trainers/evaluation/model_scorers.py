@@ -69,9 +69,12 @@ def find_scorer(name: str) -> tuple[str, Scorer]:
     if "" not in sys.path:
         sys.path.insert(0, "")  # a module of one's own lies beside
     try:
-        return name, getattr(importlib.import_module(module), function)
-    except (ImportError, AttributeError, ValueError) as error:
+        scorer = getattr(importlib.import_module(module), function)
+    except Exception as error:  # whatever somebody's module does
         raise DataError(f"scorer {name}", f"cannot be loaded ({type(error).__name__}: {error})", remedy) from error
+    if not callable(scorer):
+        raise DataError(f"scorer {name}", "is no function", remedy)
+    return name, scorer
 
 
 # Layers that the authors of BERTScore chose on human judgements (bert_score 0.3.13).
@@ -82,7 +85,8 @@ def bert_scorer(model: str, layer: int | None = None, *, batch_size: int = 16) -
     """BERTScore F1 times 100, without idf weights and not rescaled (Zhang et al. 2020), as M3D reports it.
 
     Args:
-        model: folder or Hub id of an encoder. M3D's numbers are those of roberta-large.
+        model: folder of an encoder, or Hub id of one that was downloaded before. M3D's numbers are those of
+            roberta-large.
         layer: whose hidden states are compared, from 0 for the embeddings. By default the one that the metric's
             authors chose for a model of this name.
         batch_size: texts that go through it together.
@@ -98,10 +102,11 @@ def bert_scorer(model: str, layer: int | None = None, *, batch_size: int = 16) -
         if layer is None:
             raise DataError(model, "has no layer chosen for it", f"Name one, as in bertscore={model}@17")
     try:
-        tokenizer = AutoTokenizer.from_pretrained(model)
-        network = AutoModel.from_pretrained(model, use_safetensors=True).eval()
+        tokenizer = AutoTokenizer.from_pretrained(model, local_files_only=True)
+        network = AutoModel.from_pretrained(model, use_safetensors=True, local_files_only=True).eval()
     except (OSError, ValueError) as error:
-        raise DataError(model, "is no encoder that can be loaded", "Name a folder with safetensors") from error
+        remedy = "Name a folder with safetensors, or an id that was downloaded before"
+        raise DataError(model, "is no encoder on this machine that can be loaded", remedy) from error
     if not 0 <= layer <= network.config.num_hidden_layers:
         raise DataError(model, f"has no layer {layer}", f"Use 0 to {network.config.num_hidden_layers}")
     special = torch.tensor(sorted({tokenizer.cls_token_id, tokenizer.sep_token_id} - {None}))
@@ -112,8 +117,7 @@ def bert_scorer(model: str, layer: int | None = None, *, batch_size: int = 16) -
     @torch.inference_mode()
     def embed(texts: list[str]) -> list[tuple[torch.Tensor, torch.Tensor]]:
         """Per text unit vectors of its tokens, and which of them count: all but the ones that the tokenizer adds."""
-        texts = [text.strip() for text in texts]
-        inputs = tokenizer(texts, padding=True, truncation=True, max_length=longest, return_tensors="pt")
+        inputs = tokenize(tokenizer, texts, longest)
         states = network(**inputs.to(network.device), output_hidden_states=True).hidden_states[layer]
         states = torch.nn.functional.normalize(states, dim=-1)
         masks, ids = inputs["attention_mask"].bool(), inputs["input_ids"]
@@ -134,3 +138,16 @@ def bert_scorer(model: str, layer: int | None = None, *, batch_size: int = 16) -
         return scores
 
     return score
+
+
+def tokenize(tokenizer, texts: Sequence[str], longest: int):
+    """Texts as the authors' scorer cuts them, as tensors.
+
+    For RoBERTa and GPT-2 it asks for `add_prefix_space`, which transformers 5 takes no notice of when texts are cut: a
+    space in front gives the same ids.
+    """
+    from transformers import GPT2Tokenizer, RobertaTokenizer
+
+    front = " " if isinstance(tokenizer, (GPT2Tokenizer, RobertaTokenizer)) else ""
+    texts = [front + text.strip() if text.strip() else "" for text in texts]
+    return tokenizer(texts, padding=True, truncation=True, max_length=longest, return_tensors="pt")

@@ -30,7 +30,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from accelerate import PartialState
 from filelock import FileLock, Timeout
 from tqdm.auto import tqdm
@@ -41,6 +40,7 @@ from ..collator import CTMoEDataCollator
 from ..data_sets.item import Item
 from ..volume_cache import VolumeCache
 from .answering import generate_answers
+from .processes import processes, share
 
 
 MAX_NEW_TOKENS = {"report": 512, "vqa_closed": 32, "vqa_open": 256}  # other tasks: as open questions
@@ -72,7 +72,7 @@ def predict(
     about: dict[str, Any],
     change: Callable[[dict[str, np.ndarray]], dict[str, np.ndarray]] | None = None,
     batch_size: int = 8,
-    max_new_tokens: dict[str, int] | None = None,
+    max_new_tokens: int | None = None,
     volume_cache: VolumeCache | None = None,
     progress: bool = True,
 ) -> list[Prediction]:
@@ -85,7 +85,7 @@ def predict(
         about: what the answers depend on (model, data set, settings): an existing file must be about the same.
         change: what is done to a processed scan before the model sees it. For controls.
         batch_size: items that go through the model together.
-        max_new_tokens: by task.
+        max_new_tokens: longest answer; by default `MAX_NEW_TOKENS` by task.
         volume_cache: processed scans.
         progress: whether to show a bar.
 
@@ -95,8 +95,8 @@ def predict(
     Raises:
         DataError: the file is about something else, was changed, or another run is writing to it.
     """
-    file, state = Path(file), PartialState(cpu=not torch.cuda.is_available())
-    limits = {**MAX_NEW_TOKENS, **(max_new_tokens or {})}
+    file, state = Path(file), processes()
+    limits = MAX_NEW_TOKENS if max_new_tokens is None else dict.fromkeys(MAX_NEW_TOKENS, max_new_tokens)
     batches = _batches(items, batch_size)
     # Not of the scans' folders: they may be moved.
     asked = hashlib.sha256(json.dumps([[item.id, item.prompt] for item in items]).encode()).hexdigest()
@@ -106,12 +106,10 @@ def predict(
         done = _read(file, parts, header)
         state.wait_for_everyone()  # nobody writes before everybody has read
         left = [batch for batch in batches if not all(items[i].id in done for i in batch)]
-        # Neighbours share scans, so that every process takes a piece of its own.
-        share = [len(left) * number // state.num_processes for number in range(state.num_processes + 1)]
-        if mine := left[share[state.process_index] : share[state.process_index + 1]]:
+        about_scan = [(items[batch[0]].task, items[batch[0]].images) for batch in left]
+        if mine := share(left, about_scan, state.process_index, state.num_processes):
             # A new file each time: what was cut off in an old one stays as it is.
-            last = max((int(part.suffix.removeprefix(".part")) for part in parts), default=0)
-            part = file.with_name(f"{file.name}.part{last + 1 + state.process_index}")
+            part = file.with_name(f"{file.name}.part{max(map(_number, parts), default=0) + 1 + state.process_index}")
             answered = len(items) - sum(map(len, left))
             shown = progress and state.is_main_process
             with (
@@ -119,11 +117,11 @@ def predict(
                 tqdm(total=len(items), initial=answered, desc="answers", unit="row", disable=not shown) as bar,
             ):
                 out.write(json.dumps(header) + "\n")
-                for rows, said in _answers(model, processor, items, mine, limits, change, volume_cache):
+                for said in _answers(model, processor, items, mine, limits, change, volume_cache):
                     # One write, so that a batch is there or is not.
                     out.write("".join(json.dumps(vars(prediction)) + "\n" for prediction in said))
                     out.flush()
-                    bar.update(min(len(rows) * state.num_processes, bar.total - bar.n))
+                    bar.update(min(len(said) * state.num_processes, bar.total - bar.n))
         state.wait_for_everyone()
         found = _read(file, _parts(file), header, with_errors=True)
         if missing := [item.id for item in items if item.id not in found]:
@@ -171,7 +169,11 @@ def _batches(items: Sequence[Item], batch_size: int) -> list[list[int]]:
 
 def _parts(file: Path) -> list[Path]:
     name = re.compile(re.escape(file.name) + r"\.part(\d+)")
-    return sorted(path for path in file.parent.iterdir() if name.fullmatch(path.name))
+    return sorted((path for path in file.parent.iterdir() if name.fullmatch(path.name)), key=_number)
+
+
+def _number(part: Path) -> int:
+    return int(part.suffix.removeprefix(".part"))
 
 
 def _read(
@@ -201,9 +203,7 @@ def _read(
     return found
 
 
-def _answers(
-    model, processor, items, batches, limits, change, volume_cache
-) -> Iterator[tuple[list[Item], list[Prediction]]]:
+def _answers(model, processor, items, batches, limits, change, volume_cache) -> Iterator[list[Prediction]]:
     collator = CTMoEDataCollator(processor, volume_cache=volume_cache)
     read = lru_cache(maxsize=4)(collator.process)  # many questions are about one scan
     groups = {None: None, **dict(enumerate(model.config.tasks))}
@@ -217,7 +217,7 @@ def _answers(
             try:
                 images = [read(image) for image in item.images]
             except (CTMoEError, OSError) as error:
-                failed[item.id] = str(error)
+                failed[item.id] = _reason(error)
                 continue
             images = images if change is None else [change(image) for image in images]
             rows.append({"images": images, "prompt": prompt, "id": item.id})
@@ -227,4 +227,11 @@ def _answers(
             row["id"]: Prediction(row["id"], answer.text.strip(), groups[answer.task])
             for row, answer in zip(rows, answers)
         }
-        yield asked, [said.get(item.id) or Prediction(item.id, None, None, failed[item.id]) for item in asked]
+        yield [said.get(item.id) or Prediction(item.id, None, None, failed[item.id]) for item in asked]
+
+
+def _reason(error: CTMoEError | OSError) -> str:
+    """Without the folders of this machine, which answers and results are not to tell."""
+    if isinstance(error, CTMoEError):
+        return f"{Path(error.subject).name}: {error.finding}"
+    return error.strerror or type(error).__name__

@@ -23,7 +23,7 @@ from typing import Any
 
 import numpy as np
 
-from ct_moe import DataError
+from ct_moe import CTMoEError, DataError
 
 from ..data_sets.item import Item
 from .abnormality_labels import label_scores
@@ -55,8 +55,9 @@ def score_predictions(
     Returns:
         `counts` (`rows`, `scored`, `unanswered`) and, where there are such rows, `closed`, `open` and `report`, each
         with `metrics` by name (`mean`, `interval`, `mean_of_kinds`, `mean_of_kinds_interval`) and the same by type of
-        question in `kinds`.
-        Metrics of `closed` are `strict`, `m3d` and `letter`; `report` also has `labels`.
+        question in `kinds`. Where types are "group, type", as in 3D-RAD, `groups` has the means over their types.
+        Metrics of `closed` are `strict`, `m3d` and `letter`, and `by_letter` of its rows can be scored by the letter
+        alone; `report` also has `labels`. A mean is `None` where a scorer gave no number for some row.
     """
     if len(items) != len(texts):
         raise DataError("predictions", f"{len(texts)} for {len(items)} rows", "Pass one for each row")
@@ -69,10 +70,11 @@ def score_predictions(
         name = "closed" if item.choices is not None else "report" if item.task == "report" else "open"
         by_task.setdefault(name, []).append((item, text))
     if rows := by_task.get("closed"):
-        asked = [{"choices": item.choices, "answer": item.answer} for item, _ in rows]
+        asked = [{"choices": item.choices, "answer": item.answer, "letter": item.letter} for item, _ in rows]
         scores = score_closed(asked, [text for _, text in rows])
         values = {name: [100.0 * score[name] for score in scores] for name in ("strict", "m3d", "letter")}
         result["closed"] = _summaries([item for item, _ in rows], values)
+        result["closed"]["by_letter"] = sum(row["letter"] is not None for row in asked)
     for name in ("open", "report"):
         if rows := by_task.get(name):
             asked, said = [item for item, _ in rows], [text for _, text in rows]
@@ -80,10 +82,7 @@ def score_predictions(
             values = text_scores(said, wanted, meteor=meteor)
             values["cider"] = cider_scores(said, wanted)
             for metric, scorer in (scorers or {}).items():
-                values[metric] = [float(value) for value in scorer(said, wanted)]
-                if len(values[metric]) != len(said):
-                    finding = f"gives {len(values[metric])} numbers for {len(said)} texts"
-                    raise DataError(f"scorer {metric}", finding, "Let it return one for each")
+                values[metric] = _numbers_of(metric, scorer, said, wanted)
             result[name] = _summaries(asked, values)
             result[name]["corpus"] = corpus_bleu(said, wanted)
             if "meteor" not in values:
@@ -122,6 +121,10 @@ def format_results(result: dict[str, Any]) -> str:
             if several and metric in ("strict", "m3d", "bleu1", "rouge1"):
                 cells = [_cell(scores["metrics"].get(metric), "mean_of_kinds") for scores in found.values()]
                 lines.append(f"  {metric}, mean of types".ljust(34) + "".join(cell.rjust(22) for cell in cells))
+        for group in sorted({group for scores in found.values() for group in scores["groups"]}):
+            main = "strict" if part == "closed" else "bleu1"
+            cells = [_cell(scores["groups"].get(group, {}).get(main)) for scores in found.values()]
+            lines.append(f"  {main}, mean over {group}".ljust(34) + "".join(cell.rjust(22) for cell in cells))
         if part == "closed":
             for kind in sorted({kind for scores in found.values() for kind in scores["kinds"]}):
                 cells = [_cell(scores["kinds"].get(kind, {}).get("strict")) for scores in found.values()]
@@ -135,6 +138,9 @@ def format_results(result: dict[str, Any]) -> str:
     counts = result["counts"]
     if counts["unanswered"]:
         lines.append(f"{counts['unanswered']} of {counts['rows']} rows could not be answered and are not scored")
+    if by_letter := result.get("closed", {}).get("by_letter"):
+        lines.append(f"{by_letter} closed questions are scored by the letter: their texts do not tell the choice")
+    lines += result.get("notes", [])
     return "\n".join(lines)
 
 
@@ -147,6 +153,8 @@ def model_index(result: dict[str, Any], *, name: str, data: str, data_id: str, s
     found = []
     for part, task in tasks.items():
         for metric, summary in result.get(part, {}).get("metrics", {}).items():
+            if summary["mean"] is None:
+                continue
             found.append(
                 EvalResult(
                     task_type=task,
@@ -182,20 +190,63 @@ def _summaries(items: Sequence[Item], values: dict[str, list[float]]) -> dict[st
     metrics = {}
     for name, found in values.items():
         metrics[name] = _summary(found, patients)
-        metrics[name]["mean_of_kinds"] = float(np.mean([by_kind[kind][name]["mean"] for kind in by_kind]))
-        metrics[name]["mean_of_kinds_interval"] = (
-            mean_of_strata_interval(found, [item.kind for item in items], patients) if len(set(patients)) > 1 else None
-        )
-    return {"rows": len(items), "patients": len(set(patients)), "metrics": metrics, "kinds": by_kind}
+        mean = float(np.mean([_number(by_kind[kind][name]["mean"]) for kind in by_kind]))
+        metrics[name]["mean_of_kinds"] = mean if np.isfinite(mean) else None
+        metrics[name]["mean_of_kinds_interval"] = _interval_of_kinds(found, items)
+    shared = {"rows": len(items), "patients": len(set(patients))}
+    return {**shared, "metrics": metrics, "kinds": by_kind, "groups": _groups(items, values, by_kind)}
+
+
+def _groups(items: Sequence[Item], values: dict[str, list[float]], by_kind: dict[str, Any]) -> dict[str, Any]:
+    """Of types "group, type" the mean over the types of every group: 3D-RAD's score of a task."""
+    groups: dict[str, dict[str, Any]] = {}
+    for group in sorted({kind.partition(", ")[0] for kind in by_kind if ", " in kind}):
+        kinds = [kind for kind in by_kind if kind.partition(", ")[0] == group]
+        rows = [row for row, item in enumerate(items) if item.kind in kinds]
+        groups[group] = {"kinds": len(kinds), "rows": len(rows)}
+        for name, found in values.items():
+            mean = float(np.mean([_number(by_kind[kind][name]["mean"]) for kind in kinds]))
+            own = [found[row] for row in rows]
+            interval = _interval_of_kinds(own, [items[row] for row in rows])
+            groups[group][name] = {"mean": mean if np.isfinite(mean) else None, "interval": interval}
+    return groups
 
 
 def _summary(values: list[float], patients: list[str]) -> dict[str, Any]:
+    if not np.isfinite(values).all():
+        return {"mean": None, "interval": None}
     interval = bootstrap_interval(values, patients) if len(set(patients)) > 1 else None
     return {"mean": float(np.mean(values)), "interval": interval}
 
 
+def _interval_of_kinds(values: list[float], items: Sequence[Item]) -> tuple[float, float] | None:
+    patients = [item.patient for item in items]
+    if len(set(patients)) < 2 or not np.isfinite(values).all():
+        return None
+    return mean_of_strata_interval(values, [item.kind for item in items], patients)
+
+
+def _number(value: float | None) -> float:
+    return float("nan") if value is None else value
+
+
+def _numbers_of(metric: str, scorer: Callable, said: list[str], wanted: list[str]) -> list[float]:
+    """What a scorer of anybody's gives. Of its error only the type is told: the message may hold a patient's text."""
+    try:
+        values = [float(value) for value in scorer(said, wanted)]
+    except CTMoEError:
+        raise
+    except Exception as error:
+        remedy = "Try it alone on two lists of texts; the answers are kept"
+        raise DataError(f"scorer {metric}", f"raises {type(error).__name__}", remedy) from None
+    if len(values) != len(said):
+        finding = f"gives {len(values)} numbers for {len(said)} texts"
+        raise DataError(f"scorer {metric}", finding, "Let it return one for each")
+    return values
+
+
 def _cell(summary: dict[str, Any] | None, name: str = "mean") -> str:
-    if summary is None:
+    if summary is None or summary[name] is None:
         return "-"
     low_high = summary["interval" if name == "mean" else f"{name}_interval"]
     return f"{summary[name]:.1f}" + (f" [{low_high[0]:.1f}, {low_high[1]:.1f}]" if low_high else "")

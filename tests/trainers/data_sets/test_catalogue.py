@@ -16,6 +16,7 @@
 import csv
 import json
 import shutil
+import warnings
 
 import pytest
 from published import (
@@ -30,13 +31,15 @@ from published import (
 )
 
 from ct_moe import DataError
+from ct_moe.hub.cli import _quiet_libraries
 from ct_moe.pipeline_ct_moe import split_report
 from ct_moe.trainers import load_rows
-from ct_moe.trainers.data_sets import item as item_module
+from ct_moe.trainers.data_sets import files as files_module
 from ct_moe.trainers.data_sets.catalogue import DATA_SETS, data_set_rows, read_items
 from ct_moe.trainers.data_sets.check import check_data_set, check_text
 from ct_moe.trainers.data_sets.ct_rate import ABNORMALITIES, read_labels
-from ct_moe.trainers.data_sets.item import BadRow, read_json_list
+from ct_moe.trainers.data_sets.files import read_json_list
+from ct_moe.trainers.data_sets.item import BadRow
 
 
 @pytest.fixture(scope="module")
@@ -104,6 +107,51 @@ def test_m3d_questions_are_asked_closed_and_open(downloads):
     assert [item.where[1] for item in found] == [2, 2, 3, 3, 4, 4]
 
 
+@pytest.mark.parametrize(
+    ("cells", "letter", "prompt"),
+    [
+        ({"Answer": "coronal"}, "A", "A. axial B. sagittal C. coronal"),
+        ({"Choice B": "axial"}, "A", "A. axial B. axial C. coronal"),
+        ({"Choice C": "sagittal"}, None, "A. axial B. sagittal C. sagittal"),  # the right one is told by its text
+        ({"Choice B": "NA"}, None, "A. axial C. coronal"),
+    ],
+)
+def test_m3d_questions_that_only_their_letter_answers_stay(cells, letter, prompt, tmp_path):
+    file = write_m3d(tmp_path) / "M3D-VQA" / "M3D_VQA_test.csv"
+    with file.open(encoding="utf-8", newline="") as lines:
+        columns, first, *rest = csv.reader(lines)
+    for column, value in cells.items():
+        first[columns.index(column)] = value
+    write_csv(file, columns, first, *rest)
+    found = list(read_items("m3d-vqa", tmp_path, "test"))
+    assert [item.task for item in found] == ["vqa_closed", "vqa_open"] * 3
+    assert (found[0].completion, found[0].letter) == ("A. axial", letter)
+    assert found[0].prompt.endswith(f"Choices: {prompt}")
+    report = check_data_set("m3d-vqa", tmp_path, "test", progress=False)
+    assert (report.is_whole, report.by_letter) == (True, int(letter is not None))
+    assert ("scored by the letter" in check_text(report, DATA_SETS["m3d-vqa"], "test")) == (letter is not None)
+
+
+def test_m3d_captions_without_a_list_are_refused(tmp_path):
+    write_json(tmp_path / "M3D_Cap.json", {"train": None, "test": [{"image": "a\0.npy", "text": "b\0.txt"}]})
+    with pytest.raises(DataError, match="holds no list of train"):
+        list(read_items("m3d-cap", tmp_path, "train"))
+    (bad,) = read_items("m3d-cap", tmp_path, "test")
+    assert bad.finding == "its text cannot be read (ValueError)"
+
+
+def test_streamed_rows_warn_at_once_of_lines_that_are_left_out(tmp_path):
+    file = write_own(tmp_path)
+    lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
+    file.write_text("".join(["{broken\n", *lines, "{broken\n"]), encoding="utf-8")
+    with warnings.catch_warnings(record=True) as seen, _quiet_libraries():  # what the command line lets through
+        rows = iter(load_rows(f"own:{file}", streaming=True))
+        next(rows)
+        assert [str(warning.message).partition(",")[0] for warning in seen] == ["own: lines cannot be used"]
+        assert len(list(rows)) == 1
+    assert str(seen[-1].message).startswith("own: 2 lines cannot be used, the first is")
+
+
 def test_ct_rate_reports_have_findings_and_impression(downloads):
     found = items(downloads, "ct-rate")
     assert len(found) == 3  # not the head
@@ -142,9 +190,29 @@ def test_radgenome_questions_are_the_published_wordings(downloads):
     assert found["presence"].prompt == "Is there a mass in the right lung upper lobe?"
     assert found["presence"].completion == "Yes."
     assert found["location"].prompt in ("Where is the mass?", "In which region is the mass?")
-    assert found["location"].completion == "Right lung upper lobe."
+    assert found["location"].completion == "Lung/lung/right lung/right lung upper lobe."
     assert (found["size"].completion, found["disorders"].completion) == ("6x4 mm.", "Cancer, emphysema.")
     assert "train_10017a" in found["size"].images[0]
+
+
+def test_radgenome_is_evaluated_as_by_its_publishers(downloads, tmp_path):
+    path = "lung/lung/right lung/right lung upper lobe"
+    asked = {item.kind: (item.prompt, item.completion) for item in items(downloads, "radgenome", "validation")}
+    assert asked == {
+        "abnormality": ("What are the abnormalities in the right lung upper lobe?", "mass"),
+        "location": ("Where is the mass located in the image?", f"{path.capitalize()}."),
+        "presence": ("Is there any sign of mass in the right lung upper lobe?", "Yes."),
+        "size": (f"What is the approximate size of the mass in the {path}?", "6x4 mm."),
+        "disorders": ("What are the abnormalities in the scan?", "Cancer, emphysema"),
+    }
+    shutil.copytree(downloads["radgenome"] / "dataset", tmp_path / "dataset")
+    shutil.rmtree(tmp_path / "dataset" / "qa_templates")  # the wordings of training alone
+    file = tmp_path / "dataset" / "radgenome_files" / "validation_vqa_abnormality.csv"
+    name = "valid_10017_a_1.nii.gz"
+    write_csv(file, ["Volumename", "Anatomy", "Abnormality"], [name, "heart", ""], [name, "", "mass"])
+    nothing, bad, *_ = read_items("radgenome", tmp_path, "validation")
+    assert (nothing.prompt, nothing.completion) == ("What are the abnormalities in the heart?", "No Findings")
+    assert (bad.line, bad.finding) == (3, "an empty text")
 
 
 def test_radgenome_takes_the_scans_of_ct_rate_where_it_has_none(downloads, tmp_path):
@@ -209,8 +277,6 @@ def test_own_data_may_be_a_file_a_folder_of_files_or_scans_with_reports(download
     [
         (write_m3d, "m3d-vqa", "M3D-VQA/M3D_VQA_train.csv", {"Answer Choice": "E"}, "an answer letter that no choice"),
         (write_m3d, "m3d-vqa", "M3D-VQA/M3D_VQA_train.csv", {"Answer Choice": "D"}, "an answer letter that no choice"),
-        (write_m3d, "m3d-vqa", "M3D-VQA/M3D_VQA_train.csv", {"Answer": "coronal"}, "is not the choice of its letter"),
-        (write_m3d, "m3d-vqa", "M3D-VQA/M3D_VQA_train.csv", {"Choice B": "axial"}, "two choices are the same"),
         (write_m3d, "m3d-vqa", "M3D-VQA/M3D_VQA_train.csv", {"Question": " "}, "no text"),
         (write_m3d, "m3d-vqa", "M3D-VQA/M3D_VQA_train.csv", {"Question Type": "9"}, "no question type"),
         (write_radgenome, "radgenome", "dataset/radgenome_files/train_vqa_size.csv", {"Size": ""}, "an empty text"),
@@ -263,7 +329,7 @@ def test_ids_and_json_lines_of_ones_own_are_checked(tmp_path):
     report = check_data_set("own", file, "train", progress=False)
     assert [(bad.line, bad.finding.split()[0]) for bad in report.bad_rows] == [
         (3, "its"),
-        (4, "an"),
+        (4, "completion"),
         (5, "the"),
         (6, "images"),
         (7, "choices"),
@@ -328,12 +394,12 @@ def test_numbers_are_good_ids_and_patients(tmp_path):
 
 @pytest.mark.parametrize("chunk", [1, 7, 1000])
 def test_json_lists_are_read_in_pieces(chunk, monkeypatch, tmp_path):
-    monkeypatch.setattr(item_module, "_CHUNK", chunk)
+    monkeypatch.setattr(files_module, "_CHUNK", chunk)
     members = [{"a": "x, ] [ é"}, [], "text", {"b": [1, {"c": None}]}]
     write_json(tmp_path / "a.json", members)
     assert list(read_json_list(tmp_path / "a.json")) == list(enumerate(members, 1))
     (tmp_path / "b.json").write_text(json.dumps(members, indent=3)[:-4], encoding="utf-8")
-    with pytest.raises(DataError, match=r"in the middle|cannot be read"):
+    with pytest.raises(DataError, match=r"in the middle|number 4 of its list is no JSON"):
         list(read_json_list(tmp_path / "b.json"))
     write_json(tmp_path / "c.json", {"a": 1})
     with pytest.raises(DataError, match="no JSON list"):

@@ -13,6 +13,8 @@
 # limitations under the License.
 """Version 1 of CT-RATE becomes version 2 once, on phantoms and on a real scan, and never twice."""
 
+import gzip
+
 import nibabel as nib
 import numpy as np
 import pytest
@@ -86,9 +88,56 @@ def test_what_cannot_be_repaired_is_listed_and_the_others_go_on(tmp_path):
     _, failed = fix_scans(tmp_path, "validation", progress=False)
     assert set(failed) == {"line 2", NAME}
     assert scan_path(tmp_path, "valid_8_a_1.nii.gz").exists()
+    image = nib.Nifti1Image(np.zeros((4, 5, 6), np.int16), np.eye(4))
+    image.header["datatype"] = 999  # a type that there is not
+    scan_path(tmp_path, "valid_8_a_1.nii.gz").unlink()
+    with gzip.open(broken, "wb") as file:
+        file.write(image.header.binaryblock + bytes(4 + 240))
+    assert fix_scans(tmp_path, "validation", progress=False) == (1, {**failed, NAME: "HeaderDataError"})
     for cells in (("[0.7, 0.7]", "nan"), ("[0.7, 0.7]", ""), ("NaN", "2"), ("0.7", "2"), ("[0.7, -0.7]", "2")):
         write_csv(metadata, COLUMNS, [NAME, 1, -1024, *cells])
         _, failed = fix_scans(tmp_path, "validation", progress=False)
         assert "no slope or voxel size" in failed[NAME]
     with pytest.raises(DataError, match="has no split test"):
         fix_scans(tmp_path, "test")
+
+
+@pytest.mark.parametrize(
+    ("orientation", "turned"),
+    [
+        ("[1.0, 0.0, 0.0, 0.0, 1.0, 0.0]", lambda hu: hu),
+        ("[-1, 0, 0, 0, -1, 0]", lambda hu: hu[:, ::-1, ::-1]),  # prone
+        ("[1, 0, 0, 0, -1, 0]", lambda hu: hu[::-1, ::-1, :]),  # rows from back to front, so slices from head to feet
+        ("[0, 1, 0, -1, 0, 0]", lambda hu: hu.transpose(0, 2, 1)[:, :, ::-1]),
+    ],
+)
+def test_rows_and_columns_lie_as_the_metadata_say(orientation, turned, tmp_path):
+    hu = np.linspace(-1000, 1500, 8 * 9 * 10).reshape(8, 9, 10).round()
+    write_version_1(tmp_path, NAME, hu, (2.0, 0.7, 0.7))
+    metadata = tmp_path / "dataset" / "metadata" / "validation_metadata.csv"
+    columns = [*COLUMNS, "ImageOrientationPatient"]
+    write_csv(metadata, columns, [NAME, 1, -1024, "[0.7, 0.7]", 2, orientation])
+    assert fix_scans(tmp_path, "validation", progress=False) == (1, {})
+    fixed = load_volume(scan_path(tmp_path, NAME))
+    assert np.array_equal(fixed.hu, turned(hu))
+    assert fixed.spacing == pytest.approx((2.0, 0.7, 0.7))
+
+
+@pytest.mark.parametrize(
+    ("orientation", "finding"),
+    [
+        ("[1, 0, 0, 0, 0, -1]", "its slices are not axial"),
+        ("[1, 0, 0, 0, 0.8, 0.6]", "its slices are not axial"),
+        ("[1, 0, 0, 1, 0, 0]", "is no orientation"),
+        ("", "is no orientation"),
+    ],
+)
+def test_scans_that_are_not_axial_are_left_as_they_are(orientation, finding, tmp_path):
+    write_version_1(tmp_path, NAME, np.zeros((4, 5, 6)), (2.0, 0.7, 0.7))
+    metadata = tmp_path / "dataset" / "metadata" / "validation_metadata.csv"
+    columns = [*COLUMNS, "ImageOrientationPatient"]
+    write_csv(metadata, columns, [NAME, 1, -1024, "[0.7, 0.7]", 2, orientation])
+    written, failed = fix_scans(tmp_path, "validation", progress=False)
+    assert written == 0
+    assert finding in failed[NAME]
+    assert not scan_path(tmp_path, NAME).exists()

@@ -30,6 +30,7 @@ from ct_moe import CTMoEForConditionalGeneration, CTMoEProcessor, DataError
 from ct_moe.trainers.data_sets.catalogue import DATA_SETS, read_items
 from ct_moe.trainers.data_sets.ct_rate import read_labels
 from ct_moe.trainers.data_sets.item import BadRow, Item
+from ct_moe.trainers.evaluation import evaluate as evaluate_module
 from ct_moe.trainers.evaluation import predictions as predictions_module
 from ct_moe.trainers.evaluation.abnormality_labels import label_scores, rule_labels
 from ct_moe.trainers.evaluation.answering import answer_rows
@@ -210,7 +211,8 @@ def test_training_rows_are_not_scored_against_themselves(tmp_path):
 
 def _perfect(root, name, split, folder):
     file = folder / "perfect.jsonl"
-    lines = [{"id": item.id, "prediction": item.completion} for item in read_items(name, root, split)]
+    items = [item for item in read_items(name, root, split) if not isinstance(item, BadRow)]
+    lines = [{"id": item.id, "prediction": item.completion} for item in items]
     file.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
     return file
 
@@ -315,7 +317,11 @@ def test_rows_that_cannot_be_answered_are_counted(model_folder, tmp_path):
         file.write("Doe.nii.gz,,,Text,Text\n")
     result = evaluate(tmp_path / "r.json", model=str(model_folder), data="ct-rate", root=root, progress=False)
     assert result["counts"] == {"rows": 3, "scored": 2, "unanswered": 1, "bad_rows": 1, "left_out": 1}
-    assert result["unanswered"] == ["ct-rate-valid_1_a_1"]
+    assert set(result["unanswered"]) == {"ct-rate-valid_1_a_1"}
+    assert result["unanswered"]["ct-rate-valid_1_a_1"].startswith(
+        "validation_reports.csv, line 2: valid_1_a_1.nii.gz: "
+    )
+    assert str(tmp_path) not in (tmp_path / "r.json").read_text() + (tmp_path / "r.predictions.jsonl").read_text()
     assert result["bad_rows"][0].startswith("validation_reports.csv, line 7: VolumeName")
     assert "1 of 3 rows could not be answered" in format_results(result)
 
@@ -348,20 +354,89 @@ def test_what_cannot_be_done_is_said_before_the_work(changes, finding, model_fol
     assert not list(tmp_path.glob("r.*"))
 
 
-def test_missing_and_double_predictions_are_refused(tmp_path):
-    root = write_m3d(tmp_path)
-    file = _perfect(root, "m3d-vqa", "test", tmp_path)
-    lines = file.read_text(encoding="utf-8").splitlines(keepends=True)
-    for content, finding in (
-        (lines[1:], "1 of 6 rows have no prediction"),
-        ([*lines, lines[0]], "two predictions for m3d-vqa-test-2-closed"),
-        ([*lines, "{}\n"], "line 7 has no prediction"),
-        (["{\n"], "cannot be read"),
-        ([], "no predictions"),
-    ):
-        file.write_text("".join(content), encoding="utf-8")
-        with pytest.raises(DataError, match=finding):
-            evaluate(tmp_path / "r.json", data="m3d-vqa", root=root, predictions=file, baselines=[])
+def test_scores_alone_need_nothing_that_answers(tmp_path):
+    file = tmp_path / "mine.jsonl"
+    file.write_text('{"prediction": "x", "reference": "x"}\n', encoding="utf-8")
+    code = (
+        "import sys\n"
+        "sys.modules['trl'] = None\n"  # as if it were not installed
+        "from ct_moe.trainers.evaluation.evaluate import evaluate\n"
+        "evaluate(sys.argv[2], predictions=sys.argv[1], baselines=[])\n"
+        "assert not {'ct_moe.trainers.collator', 'bitsandbytes', 'peft'} & set(sys.modules)\n"
+    )
+    arguments = [sys.executable, "-c", code, str(file), str(tmp_path / "r.json")]
+    run = subprocess.run(arguments, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-2000:]
+
+
+def test_what_was_not_computed_is_said(tmp_path, monkeypatch):
+    root = write_ct_rate(tmp_path)
+    shutil.rmtree(root / "dataset" / "multi_abnormality_labels")
+    said = _perfect(root, "ct-rate", "validation", tmp_path)
+    monkeypatch.setattr(evaluate_module, "find_spec", lambda name: None)  # no matplotlib
+    result = evaluate(tmp_path / "r.json", data="ct-rate", root=root, predictions=said, baselines=[])
+    printed = format_results(result)
+    assert "clinical scores were not computed: there is no dataset/multi_abnormality_labels/valid" in printed
+    assert ("METEOR was not computed" in printed) == ("meteor" not in result["report"]["metrics"])
+    assert "no picture was drawn" in printed
+    printed = format_results(evaluate(tmp_path / "r.json", predictions=_own(tmp_path), meteor=False, baselines=[]))
+    assert "METEOR was not computed" in printed
+
+
+def _own(folder):
+    file = folder / "own.jsonl"
+    file.write_text('{"prediction": "x", "reference": "x"}\n', encoding="utf-8")
+    return file
+
+
+def test_results_say_how_a_question_was_asked(tmp_path):
+    root = write_ct_rate(tmp_path)
+    said = _perfect(root, "ct-rate-vqa", "validation", tmp_path)
+    result = evaluate(tmp_path / "r.json", data="ct-rate-vqa", root=root, predictions=said, baselines=[])
+    assert "earlier ones of its conversation, with their true answers" in result["about"]["protocol"]
+
+
+def test_reports_without_a_scan_have_no_nearest_one(tmp_path):
+    prompt = "Write a radiology report of this CT scan with findings and impression."
+    write_own(tmp_path)
+    rows = [
+        {"id": "seen", "images": "scan.nii.gz", "prompt": prompt, "completion": "A mass."},
+        {"id": "not", "images": [], "prompt": prompt, "completion": "None."},
+    ]
+    for split in ("train", "test"):
+        lines = [json.dumps({**row, "id": f"{split}-{row['id']}"}) + "\n" for row in rows]
+        (tmp_path / f"{split}.jsonl").write_text("".join(lines), encoding="utf-8")
+    said = _perfect(tmp_path, "own", "test", tmp_path)
+    result = evaluate(
+        tmp_path / "r.json", data="own", root=tmp_path, predictions=said, baselines=["nearest"], progress=False
+    )
+    assert result["baselines"]["nearest"]["counts"]["rows"] == 1
+
+
+def test_training_rows_of_equal_ids_are_other_rows(tmp_path):
+    for split, answer in (("train", "left"), ("test", "right")):
+        row = {"id": "1", "images": f"{split}.nii", "prompt": "Which side?", "completion": answer}
+        (tmp_path / f"{split}.jsonl").write_text(json.dumps(row), encoding="utf-8")
+    said = _perfect(tmp_path, "own", "test", tmp_path)
+    settings = {"data": "own", "root": tmp_path, "predictions": said, "baselines": ["majority"]}
+    result = evaluate(tmp_path / "r.json", **settings)
+    assert result["baselines"]["majority"]["open"]["metrics"]["rouge1"]["mean"] == 0
+    shutil.copy(tmp_path / "test.jsonl", tmp_path / "train.jsonl")
+    with pytest.raises(DataError, match="its training rows are those that are scored"):
+        evaluate(tmp_path / "r.json", **settings)
+
+
+def test_parts_are_in_the_order_of_their_numbers(tmp_path):
+    for number in (10, 9, 2):
+        (tmp_path / f"a.jsonl.part{number}").touch()
+    parts = predictions_module._parts(tmp_path / "a.jsonl")
+    assert [part.suffix for part in parts] == [".part2", ".part9", ".part10"]
+
+
+def test_a_folder_is_no_results_file(tmp_path):
+    (tmp_path / "r.json").mkdir()
+    with pytest.raises(DataError, match=r"is no \.json file"):
+        evaluate(tmp_path / "r.json", predictions=_own(tmp_path), baselines=[])
 
 
 def command(folder, root, out, *launch) -> list[str]:

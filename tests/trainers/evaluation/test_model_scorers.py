@@ -13,15 +13,17 @@
 # limitations under the License.
 """Metrics with models: BERTScore is that of its authors' library, the others are found or refused by name."""
 
+import socket
 import sys
 import types
 
 import pytest
 import torch
-from transformers import BertConfig, BertModel, BertTokenizerFast
+from tokenizers import ByteLevelBPETokenizer
+from transformers import AutoTokenizer, BertConfig, BertModel, BertTokenizerFast, GPT2Tokenizer, RobertaTokenizer
 
 from ct_moe import CTMoEError, DataError
-from ct_moe.trainers.evaluation.model_scorers import bert_scorer, find_scorer
+from ct_moe.trainers.evaluation.model_scorers import bert_scorer, find_scorer, tokenize
 
 
 TEXTS = ["a nodule in the lung", "no effusion", "the lung", "nodule nodule", "a"]
@@ -73,6 +75,7 @@ def test_an_empty_text_has_no_bertscore(encoder):
         ("bertscore=/nowhere@2", "is no encoder"),
         ("best", "is unknown"),
         ("json:best", "cannot be loaded"),
+        ("json:__name__", "is no function"),
     ],
 )
 def test_what_is_no_metric_is_refused(name, finding, encoder):
@@ -107,3 +110,29 @@ def test_scorers_of_other_packages_are_called_as_they_want_it(monkeypatch, encod
     name, scorer = find_scorer("os.path:commonprefix")
     assert (name, scorer(["ab", "ac"])) == ("os.path:commonprefix", "a")
     assert find_scorer(f"bertscore={encoder}@2")[0] == "bertscore"
+
+
+@pytest.mark.parametrize("kind", [RobertaTokenizer, GPT2Tokenizer])
+def test_byte_level_tokenizers_see_a_word_at_the_start_as_inside_a_text(kind, tmp_path):
+    """As the authors' scorer asks of them by `add_prefix_space`."""
+    learnt = ByteLevelBPETokenizer()
+    special = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
+    learnt.train_from_iterator([*TEXTS, *REFERENCES] * 9, vocab_size=330, special_tokens=special, show_progress=False)
+    learnt.save_model(str(tmp_path))
+    files = {"vocab": str(tmp_path / "vocab.json"), "merges": str(tmp_path / "merges.txt"), "pad_token": "<pad>"}
+    kind(**files).save_pretrained(tmp_path / "plain")
+    asked = kind(**files, add_prefix_space=True)
+    texts = [*TEXTS, " a nodule\n", ""]
+    ids = tokenize(AutoTokenizer.from_pretrained(tmp_path / "plain"), texts, 32)["input_ids"]
+    wanted = asked([text.strip() for text in texts], padding=True, return_tensors="pt")["input_ids"]
+    assert torch.equal(ids, wanted)
+    assert ids[0].tolist() != kind(**files)(TEXTS[0])["input_ids"]
+
+
+def test_no_encoder_is_downloaded(monkeypatch):
+    def refuse(*args, **kwargs):
+        raise AssertionError("asked the network")
+
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+    with pytest.raises(DataError, match="is no encoder on this machine"):
+        bert_scorer("nobody/roberta-large")
