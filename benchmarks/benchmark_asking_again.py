@@ -17,9 +17,9 @@
 
 Visual work is counted in floating-point operations of vision encoder, guide and projector (with eager attention and
 experts, whose products are all counted), and timed as it is used; both leave out reading and processing the scan,
-which are done once. "features" is the largest difference of the visual tokens to those without the cache. "whole, other
-words" is what this package does not do: the features of an earlier question of the same task, used again although the
-words differ; the last line says how many of the answers that would change.
+which are done once. "features" is the largest difference of the visual tokens to those without the cache. "whole,
+other words" is what this package does not do: the features of an earlier question of the same task, used again for
+other words; the last line says how many of the answers that would change.
 """
 
 import argparse
@@ -32,6 +32,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from ct_moe import load_volume
+from ct_moe.configuration_ct_moe import CTMoEVisionConfig
 from ct_moe.hub.app.answers import Reader
 
 
@@ -93,6 +94,28 @@ def main() -> None:
         f"\nwhole, other words: visual tokens differ by up to {max(differences):.1e}, "
         f"{len(changed)} of {len(same_task)} answers change"
     )
+    default_sizes()
+
+
+def default_sizes() -> None:
+    """The default settings on CLIP ViT-L/14-336, whose experts begin in the middle: by formula, without air."""
+    config = CTMoEVisionConfig(
+        hidden_size=1024, intermediate_size=4096, num_attention_heads=16, image_size=336, patch_size=14,
+        num_hidden_layers=24, feature_layer=-2, num_tasks=3,
+    )  # fmt: skip
+    width, first = config.hidden_size, min(config.moe_layers)
+    print(f"\nViT-L/14-336, {config.num_read_layers} layers read, experts in {config.moe_layers}; a further question:")
+    for slices in (16, 32, 64):
+        tokens = slices * config.num_slice_tokens
+        experts = 2 * tokens * 2 * (2 * width * config.moe_intermediate_size + config.num_experts * width)
+        costs = []
+        for layer in range(config.num_read_layers):
+            keys = tokens if layer in config.volume_layers else config.num_slice_tokens
+            dense = 2 * tokens * (4 * width**2 + 2 * width * config.intermediate_size + 2 * keys * width)
+            costs.append(dense + experts * (layer in config.moe_layers))
+        again, once = experts + sum(costs[first + 1 :]), sum(costs)
+        last = experts / (once - experts * (len(config.moe_layers) - 1))
+        print(f"{slices:>4} slices  {again / once:.3f} of the first, {last:.4f} with experts in the last layer alone")
 
 
 def visual_inputs(reader: Reader, scan, question: str | None, task: str) -> dict:

@@ -29,7 +29,12 @@ from typing import Any, NamedTuple
 
 import huggingface_hub
 import torch
-from huggingface_hub.errors import HFValidationError, StrictDataclassError
+from huggingface_hub.errors import (
+    HFValidationError,
+    NotASafetensorsRepoError,
+    SafetensorsParsingError,
+    StrictDataclassError,
+)
 from huggingface_hub.utils import validate_repo_id
 from safetensors import SafetensorError, safe_open
 from transformers import AutoConfig, AutoTokenizer, PreTrainedConfig, PreTrainedTokenizerBase
@@ -39,15 +44,7 @@ from ct_moe import ConversionError
 
 from .families import FAMILIES, TOWERS, Family
 from .families.dinov2 import DINOV2, combine, place_image_token
-
-
-_DTYPES = {
-    "F64": torch.float64,
-    "F32": torch.float32,
-    "F16": torch.float16,
-    "BF16": torch.bfloat16,
-    "I64": torch.int64,  # position_ids
-}
+from .tensor_files import DTYPES, read_header, read_tensor
 
 
 class Base(NamedTuple):
@@ -80,13 +77,17 @@ class TensorCount:
 
 
 class FileTensor(NamedTuple):
-    """A tensor of the base's files, not read yet, and its name there."""
+    """A tensor of the base's files, not read yet, its name and its first and last byte there."""
 
     file: Path
     name: str
     shape: tuple[int, ...]
     dtype: torch.dtype
     count: TensorCount
+    place: tuple[int, int]
+
+    def read(self) -> torch.Tensor:
+        return read_tensor(self.file, self.place, self.shape, self.dtype)
 
 
 def open_base(
@@ -94,14 +95,19 @@ def open_base(
     revision: str | None,
     vision_tower: str | Path | None = None,
     vision_tower_revision: str | None = None,
+    weights: bool = True,
 ) -> Base:
-    """Find a base, or download it: the tokenizer as well. With a vision tower, `base` is a causal language model."""
+    """Find a base, or download it: the tokenizer as well. With a vision tower, `base` is a causal language model.
+
+    Without `weights` those of a Hub repository stay there.
+    """
     patterns = ["*.json", "*.jinja", "tokenizer.model"]
     if vision_tower is None:
-        return Base(*open_source(base, revision, _read_config, patterns))
-    name, commit, folder, text = open_source(base, revision, partial(_read_part, DINOV2.text_types), patterns)
+        return Base(*open_source(base, revision, _read_config, patterns, weights))
+    text_config, tower_config = (partial(_read_part, kinds) for kinds in (DINOV2.text_types, DINOV2.towers))
+    name, commit, folder, text = open_source(base, revision, text_config, patterns, weights)
     tower_name, _, tower_folder, tower = open_source(
-        vision_tower, vision_tower_revision, partial(_read_part, DINOV2.towers), ["*.json"]
+        vision_tower, vision_tower_revision, tower_config, ["*.json"], weights
     )
     image_token_id = place_image_token(load_tokenizer(name, folder), text.vocab_size, name)
     config = combine(tower, text, image_token_id)
@@ -120,14 +126,40 @@ def load_tokenizer(name: str, folder: Path) -> PreTrainedTokenizerBase:
 
 def read_tensors(source: Base) -> dict[str, FileTensor]:
     """Those of the base by name; of a vision tower with files of its own with `vision_tower.` before theirs."""
-    tensors = read_index(source.folder)
+    tensors = _read_tensors(source.folder)
     if source.tower_folder is not None:
-        tensors |= {f"vision_tower.{name}": tensor for name, tensor in read_index(source.tower_folder).items()}
+        tensors |= {f"vision_tower.{name}": tensor for name, tensor in _read_tensors(source.tower_folder).items()}
+    return tensors
+
+
+def _read_tensors(folder: Path) -> dict[str, FileTensor]:
+    """Of a snapshot without weights, from the headers of the files on the Hub."""
+    snapshot = folder.parent.name == "snapshots" and folder.parents[1].name.startswith("models--")
+    if not snapshot or any(folder.glob("*.safetensors")):
+        return read_index(folder)
+    repo_id = folder.parents[1].name.removeprefix("models--").replace("--", "/")
+    try:
+        metadata = huggingface_hub.get_safetensors_metadata(repo_id, revision=folder.name)
+    except (OSError, ValueError, SafetensorsParsingError, NotASafetensorsRepoError) as error:
+        raise ConversionError(repo_id, one_line(error), "Check the network, or download the weights first") from error
+    tensors = {}
+    for file, content in metadata.files_metadata.items():
+        for name, info in content.tensors.items():
+            dtype = DTYPES.get(info.dtype)
+            if dtype is None:
+                raise ConversionError(name, f"{info.dtype} numbers in {file}", "Name an unquantised model")
+            count = TensorCount(1, info.parameter_count, info.data_offsets[1] - info.data_offsets[0])
+            shape = tuple(info.shape)
+            tensors[name] = FileTensor(folder / file, name, shape, dtype, count, tuple(info.data_offsets))
     return tensors
 
 
 def open_source(
-    source: str | Path, revision: str | None, read_config: Callable[[str | Path, Path], Any], patterns: list[str]
+    source: str | Path,
+    revision: str | None,
+    read_config: Callable[[str | Path, Path], Any],
+    patterns: list[str],
+    weights: bool = True,
 ) -> tuple[str, str | None, Path, Any]:
     """Find a folder, or download a Hub repository: its weights last, once its config is known to be supported.
 
@@ -136,6 +168,7 @@ def open_source(
         revision: branch, tag or commit of a Hub repository.
         read_config: gives the config of `source` in a folder, or raises.
         patterns: what to download beside the weights.
+        weights: whether to download these.
 
     Returns:
         Name, commit (None for a folder), folder and config.
@@ -153,14 +186,16 @@ def open_source(
     folder = _download(source, revision, patterns)
     config = read_config(source, folder)
     commit = folder.name  # a snapshot's folder is named by its commit
-    return str(source), commit, _download(source, commit, [*patterns, "model*.safetensors"]), config
+    if weights:
+        folder = _download(source, commit, [*patterns, "model*.safetensors"])
+    return str(source), commit, folder, config
 
 
-def read_index(folder: Path) -> dict[str, FileTensor]:
-    """Every tensor of the base's safetensors files by its name, without reading one."""
-    index = folder / "model.safetensors.index.json"
-    if (folder / "model.safetensors").is_file():
-        files, listed = [folder / "model.safetensors"], None
+def read_index(folder: Path, name: str = "model.safetensors") -> dict[str, FileTensor]:
+    """Every tensor of a folder's safetensors files by its name, without reading one."""
+    index = folder / f"{name}.index.json"
+    if (folder / name).is_file():
+        files, listed = [folder / name], None
     elif index.is_file():
         listed = _part(index, read_json(index), "weight_map")
         files = [folder / name for name in sorted(set(map(str, listed.values())))]
@@ -179,17 +214,16 @@ def read_index(folder: Path) -> dict[str, FileTensor]:
             raise ConversionError(file, f"listed in {index.name} and missing", "Download the weights again")
         try:
             with safe_open(file, "pt") as weights:
+                places, _ = read_header(file)
                 for key in weights.keys():
                     part = weights.get_slice(key)
-                    shape, dtype = tuple(part.get_shape()), _DTYPES.get(part.get_dtype())
+                    shape, dtype = tuple(part.get_shape()), DTYPES.get(part.get_dtype())
                     if dtype is None:
                         raise ConversionError(
                             key, f"{part.get_dtype()} numbers in {file.name}", "Name an unquantised model"
                         )
-                    parameters = torch.Size(shape).numel()
-                    tensors[key] = FileTensor(
-                        file, key, shape, dtype, TensorCount(1, parameters, parameters * dtype.itemsize)
-                    )
+                    count = TensorCount(1, torch.Size(shape).numel(), places[key][1] - places[key][0])
+                    tensors[key] = FileTensor(file, key, shape, dtype, count, places[key])
         except SafetensorError as error:
             raise ConversionError(
                 file, f"not a safetensors file: {one_line(error)}", "Download the weights again"

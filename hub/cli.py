@@ -100,6 +100,9 @@ def convert(
         typer.Option(help="Folder or Hub id of a DINOv2. BASE is then a causal language model, the projector new."),
     ] = None,
     vision_tower_revision: RevisionOption = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print the plan, from configs and file headers alone; write nothing.")
+    ] = False,
     setting: Annotated[
         list[str] | None,
         typer.Option("--set", help="Config field as NAME=JSON, e.g. --set num_experts=8 --set 'tasks=[\"report\"]'."),
@@ -107,18 +110,38 @@ def convert(
 ) -> None:
     """Convert a 2D multimodal base into a CT-MoE model, every pretrained parameter reused."""
     with _quiet_libraries():
-        from ct_moe.hub.conversion import convert_base
+        from ct_moe.hub.conversion import convert_base, plan_conversion
 
         settings = _settings(setting or [])
         if chat_template is not None:
             settings["chat_template"] = _read_text(chat_template)
         settings |= {"volume_encoder": volume_encoder, "volume_encoder_revision": volume_encoder_revision}
         settings |= {"vision_tower": vision_tower, "vision_tower_revision": vision_tower_revision}
-        print(convert_base(base, out, revision=revision, dtype=dtype, parity=parity, preset=preset, **settings))
+        settings |= {"revision": revision, "dtype": dtype, "preset": preset}
+        if dry_run:
+            print(plan_conversion(base, **settings))
+            print("Nothing was written.")
+            return
+        print(convert_base(base, out, parity=parity, **settings))
     print(
         f"Wrote {out}. It was never trained on CT: take none of its reports seriously before it is. "
         "(Parity holds for one slice without pooling.)"
     )
+
+
+@app.command()
+def unconvert(
+    folder: Annotated[Path, typer.Argument(help="Converted, trained or merged model.")],
+    out: Annotated[Path, typer.Argument(help="New folder for the base's own files.")],
+    base: Annotated[
+        Path | None, typer.Option(help="Folder of a conversion of the same base, where FOLDER has no files of it.")
+    ] = None,
+) -> None:
+    """Write the base's own format again, with the parameters as they are now; experts and routers stay behind."""
+    with _quiet_libraries():
+        from ct_moe.hub.unconversion import unconvert as write_base
+
+        print(f"Wrote {out}:\n{write_base(folder, out, base)}")
 
 
 @app.command()

@@ -14,9 +14,10 @@
 """A 2D multimodal base becomes a CT-MoE model: every tensor accounted for, equality measured on the spot.
 
 - `convert_base`: a folder or Hub id of a base of one of `families.FAMILIES` -> a folder that every Auto class loads.
+- `plan_conversion`: what that would do, from configs and headers alone.
 - `ConversionReport`: what was reused, what the base itself never reads, what was added, and the measured parity.
 
-Nothing is unpickled (weights are safetensors only), and weights stay memory-mapped files until they are written.
+Nothing is unpickled (weights are safetensors only), and one tensor is in memory at a time. A killed run goes on.
 """
 
 import json
@@ -31,7 +32,6 @@ from typing import Any, Literal, NamedTuple
 import torch
 import transformers
 from huggingface_hub.errors import StrictDataclassError
-from safetensors import safe_open
 from tqdm.auto import tqdm
 from transformers import AutoModelForImageTextToText, GenerationConfig, PreTrainedConfig
 from transformers.utils import logging
@@ -60,10 +60,13 @@ from .base_model import (
     read_tensors,
 )
 from .chat_template import fit_chat_template
+from .conversion_weights import conversion_folder, lazy_weights, write_shards
 from .families import TOWERS
 from .families.dinov2 import place_image_token
-from .folder import new_folder, write_folder
-from .tensor_mapping import TensorPlan, change, plan_tensors
+from .folder import write_settings
+from .tensor_files import file_hash
+from .tensor_mapping import TensorPlan, plan_tensors
+from .unconversion import keep_base
 from .volume_encoder import VolumeEncoderReport, add_encoder_config, open_volume_encoder, read_volume_encoder
 
 
@@ -97,7 +100,17 @@ _PROJECTOR = {
     "first_position",
 }
 PARITY_LIMIT = 1e-5  # largest absolute difference of two float32 logits, design section 2.2
-_SEED = 0  # of the added parameters: converting twice gives identical files
+_SEED = 0  # of the inputs that parity is measured on
+_OPTIONS = {
+    "revision",
+    "dtype",
+    "chat_template",
+    "preset",
+    "volume_encoder",
+    "volume_encoder_revision",
+    "vision_tower",
+    "vision_tower_revision",
+}
 
 
 @dataclass(frozen=True)
@@ -129,6 +142,7 @@ class ConversionReport:
         volume_encoder: what became of the weights of a second, 3D encoder, None without them.
         chat_template: what had to be done to the base's chat template.
         parity: None when it was not measured.
+        files: SHA-256 of the base's files with weights.
         versions: of the packages that did the work.
     """
 
@@ -146,6 +160,7 @@ class ConversionReport:
     volume_encoder: VolumeEncoderReport | None
     chat_template: str
     parity: Parity | None
+    files: dict[str, str]
     versions: dict[str, str]
 
     def to_dict(self) -> dict[str, Any]:
@@ -226,85 +241,142 @@ def convert_base(
             base's by more than 1e-5.
         ModelError: `out` holds something, or an override is out of range.
     """
-    dtype = _as_dtype(dtype)
-    with new_folder(out) as folder, _progress(progress) as step:
-        step("reading the base")
-        if vision_tower is None and vision_tower_revision is not None:
-            raise ConversionError("vision_tower_revision", "given without a vision_tower", "Name the tower too")
-        source = open_base(base, revision, vision_tower, vision_tower_revision)
-        if preset == "paper_like":
-            ct_moe_overrides = {**paper_like(source.config.vision_config.intermediate_size), **ct_moe_overrides}
-        elif preset == "med_2e3":
-            ct_moe_overrides = {**med_2e3(), **ct_moe_overrides}
-        elif preset is not None:
-            raise ConversionError("preset", f"{preset!r} is unknown", 'Use "paper_like", "med_2e3", or none')
-        if volume_encoder is None and volume_encoder_revision is not None:
-            raise ConversionError("volume_encoder_revision", "given without a volume_encoder", "Name the encoder too")
-        if volume_encoder is not None:
-            step("reading the 3D encoder")
-            encoder = open_volume_encoder(volume_encoder, volume_encoder_revision)
-            ct_moe_overrides = add_encoder_config(ct_moe_overrides, encoder)
-        image_settings = {name: value for name, value in ct_moe_overrides.items() if name in IMAGE_SETTINGS}
-        rest = {name: value for name, value in ct_moe_overrides.items() if name not in IMAGE_SETTINGS}
-        config = _make_config(source, rest)
-        processor, template_note = _make_processor(source, config, chat_template, image_settings)
-
-        step("mapping tensors")
-        tensors = read_tensors(source)
-        plan = plan_tensors({key: tensor.shape for key, tensor in tensors.items()}, config, source.config)
-        dtype = dtype or reduce(torch.promote_types, {tensors[key].dtype for key in plan.reused})
-        _check_tied(plan, tensors)
-        filled, encoder_report = {}, None
-        if volume_encoder is not None:
-            images = processor.image_processor
-            weights, encoder_report = read_volume_encoder(
-                encoder, config.volume_encoder_config, images.image_mean, images.image_std
-            )
-            filled = {f"model.volume_encoder.{name}": weight for name, weight in weights.items()}
-            plan = _without(plan, filled)
-        model = _build_model(plan, tensors, config, dtype, filled)
-        model.generation_config = _generation_config(source)
-
-        step("writing the model")
-        write_folder(model, processor, folder)
-        added = {name: _count(model.get_parameter(name)) for names in plan.added.values() for name in names}
-        del model
-
+    options = {**ct_moe_overrides, **{name: value for name, value in locals().items() if name in _OPTIONS}}
+    with conversion_folder(out) as folder, _progress(progress) as step:
+        planned = _plan(base, step, **options)
+        source, plan, tensors = planned.source, planned.plan, planned.tensors
+        step("reading the base's files")
+        key = {
+            "files": {path.name: file_hash(path) for path in sorted({tensor.file for tensor in tensors.values()})},
+            "config": planned.config.to_dict(),
+            "dtype": str(planned.dtype),
+            "versions": _versions(),
+        }
+        _check_hashes(source, tensors, key["files"])
+        weights = lazy_weights(plan, tensors, planned.config, planned.dtype, planned.filled)
+        write_shards(folder, weights, key, step)
+        step("writing the rest")
+        write_settings(planned.config, planned.dtype, planned.generation_config, planned.processor, folder)
+        keep_base(source, tensors, plan, folder)
         measured = None
         if parity:
             step("running the base")
-            inputs = _parity_inputs(config)
-            expected = _run_base(source, dtype, inputs, folder)
+            inputs = _parity_inputs(planned.config)
+            expected = _run_base(source, planned.dtype, inputs, folder)
             step("running the converted model")
             measured = _compare(_run_converted(folder, inputs), expected)
+        report = planned.report(measured, key["files"])
+        (folder / "conversion_report.json").write_text(report.to_json(), encoding="utf-8")
+    return report
 
-        report = ConversionReport(
-            base=source.name,
-            revision=source.commit,
+
+def plan_conversion(base: str | Path, *, progress: bool = True, **options) -> ConversionReport:
+    """What `convert_base` would do with the same arguments, from configs and the headers of the files alone.
+
+    Of a Hub repository no weights are downloaded. Nothing is written, and no parity measured.
+    """
+    with _progress(progress) as step:
+        return _plan(base, step, weights=False, **options).report(None, {})
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """All that is known before a tensor is read."""
+
+    source: Base
+    config: CTMoEConfig
+    processor: CTMoEProcessor
+    template_note: str
+    generation_config: GenerationConfig
+    tensors: dict[str, FileTensor]
+    plan: TensorPlan
+    dtype: torch.dtype
+    filled: dict[str, torch.Tensor]  # what a 3D encoder's weights fill
+    encoder_report: VolumeEncoderReport | None
+
+    def report(self, parity: Parity | None, files: dict[str, str]) -> ConversionReport:
+        plan, base = self.plan, self.source.config
+        sizes = [torch.Size(plan.added_shapes[name]).numel() for names in plan.added.values() for name in names]
+        return ConversionReport(
+            base=self.source.name,
+            revision=self.source.commit,
             kind={
-                "model": source.config.model_type,
-                "vision": source.config.vision_config.model_type,
-                "text": source.config.text_config.model_type,
+                "model": base.model_type,
+                "vision": base.vision_config.model_type,
+                "text": base.text_config.model_type,
             },
-            dtype=str(dtype).removeprefix("torch."),
-            reused=_total(tensors[key].count for key in plan.reused),
-            unread=_total(tensors[key].count for key in plan.unread),
+            dtype=str(self.dtype).removeprefix("torch."),
+            reused=_total(self.tensors[key].count for key in plan.reused),
+            unread=_total(self.tensors[key].count for key in plan.unread),
             unread_names=plan.unread,
             reused_names=plan.reused,
             changes=plan.changes,
-            added=_total(added.values()),
+            added=_total(TensorCount(1, size, size * self.dtype.itemsize) for size in sizes),
             added_names=plan.added,
-            volume_encoder=encoder_report,
-            chat_template=template_note,
-            parity=measured,
-            versions={
-                "transformers": transformers.__version__,
-                "torch": torch.__version__,
-                "ct_moe": ct_moe.__version__,
-            },
+            volume_encoder=self.encoder_report,
+            chat_template=self.template_note,
+            parity=parity,
+            files=files,
+            versions=_versions(),
         )
-        (folder / "conversion_report.json").write_text(report.to_json(), encoding="utf-8")
-    return report
+
+
+def _plan(
+    base: str | Path,
+    step: Callable[[str], None],
+    *,
+    revision: str | None = None,
+    dtype: torch.dtype | str | None = None,
+    chat_template: str | None = None,
+    preset: str | None = None,
+    volume_encoder: str | Path | None = None,
+    volume_encoder_revision: str | None = None,
+    vision_tower: str | Path | None = None,
+    vision_tower_revision: str | None = None,
+    weights: bool = True,
+    **overrides,
+) -> _Plan:
+    dtype = _as_dtype(dtype)
+    for name, other, given in (
+        ("vision_tower_revision", "vision_tower", vision_tower_revision if vision_tower is None else None),
+        ("volume_encoder_revision", "volume_encoder", volume_encoder_revision if volume_encoder is None else None),
+    ):
+        if given is not None:
+            raise ConversionError(name, f"given without a {other}", "Name it too")
+    step("reading the base")
+    source = open_base(base, revision, vision_tower, vision_tower_revision, weights)
+    if preset == "paper_like":
+        overrides = {**paper_like(source.config.vision_config.intermediate_size), **overrides}
+    elif preset == "med_2e3":
+        overrides = {**med_2e3(), **overrides}
+    elif preset is not None:
+        raise ConversionError("preset", f"{preset!r} is unknown", 'Use "paper_like", "med_2e3", or none')
+    if volume_encoder is not None:
+        step("reading the 3D encoder")
+        encoder = open_volume_encoder(volume_encoder, volume_encoder_revision)
+        overrides = add_encoder_config(overrides, encoder)
+    image_settings = {name: value for name, value in overrides.items() if name in IMAGE_SETTINGS}
+    config = _make_config(source, {name: value for name, value in overrides.items() if name not in IMAGE_SETTINGS})
+    processor, template_note = _make_processor(source, config, chat_template, image_settings)
+
+    step("mapping tensors")
+    tensors = read_tensors(source)
+    plan = plan_tensors({key: tensor.shape for key, tensor in tensors.items()}, config, source.config)
+    dtype = dtype or reduce(torch.promote_types, {tensors[key].dtype for key in plan.reused})
+    if weights:
+        _check_tied(plan, tensors)
+    filled, encoder_report = {}, None
+    if volume_encoder is not None:
+        images = processor.image_processor
+        read, encoder_report = read_volume_encoder(
+            encoder, config.volume_encoder_config, images.image_mean, images.image_std
+        )
+        filled = {f"model.volume_encoder.{name}": weight for name, weight in read.items()}
+        plan = _without(plan, filled)
+    generation_config = _generation_config(source)
+    return _Plan(
+        source, config, processor, template_note, generation_config, tensors, plan, dtype, filled, encoder_report
+    )
 
 
 def _make_config(source: Base, overrides: dict[str, Any]) -> CTMoEConfig:
@@ -402,10 +474,7 @@ def _check_tied(plan: TensorPlan, tensors: dict[str, FileTensor]) -> None:
     pair += [key for key, target in plan.reused.items() if target == "model.language_model.embed_tokens.weight"]
     if len(pair) < 2:
         return
-    weights = []
-    for key in pair:
-        with safe_open(tensors[key].file, "pt") as file:
-            weights.append(file.get_tensor(tensors[key].name))
+    weights = [tensors[key].read() for key in pair]
     if not torch.equal(*weights):
         raise ConversionError(
             pair[0],
@@ -420,25 +489,16 @@ def _without(plan: TensorPlan, filled: dict[str, torch.Tensor]) -> TensorPlan:
     return replace(plan, added={group: names for group, names in added.items() if names})
 
 
-def _build_model(
-    plan: TensorPlan,
-    tensors: dict[str, FileTensor],
-    config: CTMoEConfig,
-    dtype: torch.dtype,
-    filled: dict[str, torch.Tensor],
-) -> CTMoEForConditionalGeneration:
-    """The model with the base's tensors, still memory-mapped unless the dtype changes, those `filled` otherwise, and
-    its added parameters."""
-    state_dict = dict(filled)
-    for file in sorted({tensors[key].file for key in plan.reused}):
-        with safe_open(file, "pt") as weights:
-            for key, target in plan.reused.items():
-                if tensors[key].file == file:
-                    tensor = weights.get_tensor(tensors[key].name)
-                    state_dict[target] = change(tensor, plan.changes.get(key, ""))
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(_SEED)
-        return CTMoEForConditionalGeneration.from_pretrained(None, config=config, state_dict=state_dict, dtype=dtype)
+def _check_hashes(source: Base, tensors: dict[str, FileTensor], hashes: dict[str, str]) -> None:
+    """In the Hub's cache a large file lies under its SHA-256: a damaged one is found before it is converted."""
+    for path in sorted({tensor.file for tensor in tensors.values()}):
+        blob = path.resolve().name
+        if source.commit is not None and len(blob) == 64 and blob != hashes[path.name]:
+            raise ConversionError(path, "is not the file that the Hub has", "Remove it and download it again")
+
+
+def _versions() -> dict[str, str]:
+    return {"transformers": transformers.__version__, "torch": torch.__version__, "ct_moe": ct_moe.__version__}
 
 
 def _generation_config(source: Base) -> GenerationConfig:
@@ -520,10 +580,6 @@ def _compare(logits: torch.Tensor, expected: torch.Tensor) -> Parity:
             "Report it with the name of the base: a conversion must not change what the base computes",
         )
     return Parity(difference, expected.abs().max().item(), expected.numel())
-
-
-def _count(parameter: torch.Tensor) -> TensorCount:
-    return TensorCount(1, parameter.numel(), parameter.nbytes)
 
 
 def _total(counts) -> TensorCount:

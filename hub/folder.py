@@ -17,6 +17,7 @@
 - `load_folder`: the model and its processor.
 - `save_folder`: a model and its processor -> a complete folder.
 - `write_folder`: the same into a folder that exists, for callers that add files of their own.
+- `write_settings`: all of it but the weights.
 - `new_folder`: a folder that appears under its name only when the block that fills it has succeeded.
 """
 
@@ -25,21 +26,24 @@ import shutil
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from copy import deepcopy
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
-from transformers import PreTrainedConfig
+from transformers import GenerationConfig, PreTrainedConfig
 from transformers.utils.hub import resolve_revision
 
 import ct_moe
 from ct_moe.configuration_ct_moe import AUTO_MAP
 from ct_moe.errors_ct_moe import CTMoEError, ModelError
+from ct_moe.pipeline_ct_moe import PIPELINES
 
 
 if TYPE_CHECKING:
-    from ct_moe import CTMoEForConditionalGeneration, CTMoEProcessor
+    from ct_moe import CTMoEConfig, CTMoEForConditionalGeneration, CTMoEProcessor
 
 
 _IMAGE_PROCESSOR_AUTO_MAP = {"AutoImageProcessor": "image_processing_ct_moe.CTMoEImageProcessor"}
@@ -142,9 +146,35 @@ def write_folder(
     `state_dict` holds the weights where those of `model` are spread over processes.
     """
     model.config.auto_map = dict(AUTO_MAP)  # one that was loaded from the Hub names its repository
+    model.save_pretrained(folder, max_shard_size="5GB", state_dict=state_dict)
+    _write_processor_and_code(processor, folder)
+
+
+def write_settings(
+    config: "CTMoEConfig",
+    dtype: torch.dtype,
+    generation_config: GenerationConfig,
+    processor: "CTMoEProcessor",
+    folder: Path,
+) -> None:
+    """Configs, tokenizer, chat template and code into the existing `folder`, for weights of `dtype` written otherwise.
+
+    The same files as `write_folder` makes of a loaded model.
+    """
+    config.auto_map = dict(AUTO_MAP)
+    config.custom_pipelines = deepcopy(PIPELINES)
+    config.architectures = ["CTMoEForConditionalGeneration"]
+    for part in (config, *(getattr(config, name) for name in config.sub_configs)):
+        if part is not None:
+            part.dtype = dtype
+    config.save_pretrained(folder)
+    generation_config.save_pretrained(folder)
+    _write_processor_and_code(processor, folder)
+
+
+def _write_processor_and_code(processor: "CTMoEProcessor", folder: Path) -> None:
     processor.auto_map = dict(_PROCESSOR_AUTO_MAP)
     processor.image_processor.auto_map = dict(_IMAGE_PROCESSOR_AUTO_MAP)
-    model.save_pretrained(folder, max_shard_size="5GB", state_dict=state_dict)
     processor.save_pretrained(folder)
     # All of them, and not what the library would collect from imports: the pipeline is named by the config only.
     for source in sorted(Path(ct_moe.__file__).parent.glob("*_ct_moe.py")):
@@ -160,25 +190,48 @@ def new_folder(out: str | Path) -> Iterator[Path]:
     Raises:
         ModelError: `out` is a file or a folder that holds something, before anything is written.
     """
-    if Path(out).is_file() or (Path(out).is_dir() and any(Path(out).iterdir())):
-        raise ModelError(out, "exists and is not an empty folder", "Name a new folder, or remove this one first")
     out = Path(out).absolute()
-    parents = [parent for parent in out.parents if not parent.exists()]  # deepest first
+    parents = make_parents(out)
     try:
-        out.parent.mkdir(parents=True, exist_ok=True)
         folder = Path(tempfile.mkdtemp(prefix=f".{out.name}-", dir=out.parent))
     except OSError as error:
         raise ModelError(out, f"cannot be created: {error.strerror}", "Name a folder you may write to") from error
     try:
         yield folder
-        folder.chmod(0o777 & ~_umask())  # mkdtemp makes it readable by its owner only
-        os.replace(folder, out)  # replaces an empty folder, and fails on one that was filled meanwhile
+        publish_folder(folder, out)
     except BaseException:
-        shutil.rmtree(folder, ignore_errors=True)
-        with suppress(OSError):  # another process may have put something there
-            for parent in parents:
-                parent.rmdir()
+        remove_folder(folder, parents)
         raise
+
+
+def make_parents(out: Path) -> list[Path]:
+    """Make the folders above `out`, and return those that were missing, deepest first.
+
+    Raises:
+        ModelError: `out` is a file or a folder that holds something, or cannot be created.
+    """
+    if out.is_file() or (out.is_dir() and any(out.iterdir())):
+        raise ModelError(out, "exists and is not an empty folder", "Name a new folder, or remove this one first")
+    parents = [parent for parent in out.parents if not parent.exists()]
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ModelError(out, f"cannot be created: {error.strerror}", "Name a folder you may write to") from error
+    return parents
+
+
+def publish_folder(folder: Path, out: Path) -> None:
+    """Give a folder that is complete its name."""
+    folder.chmod(0o777 & ~_umask())  # mkdtemp makes it readable by its owner only
+    os.replace(folder, out)  # replaces an empty folder, and fails on one that was filled meanwhile
+
+
+def remove_folder(folder: Path, parents: list[Path]) -> None:
+    """Undo `make_parents` and what was written since."""
+    shutil.rmtree(folder, ignore_errors=True)
+    with suppress(OSError):  # another process may have put something there
+        for parent in parents:
+            parent.rmdir()
 
 
 def _umask() -> int:

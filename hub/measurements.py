@@ -174,8 +174,10 @@ class Results:
                 beside = {
                     name: other[part]["metrics"][metric]["mean"]
                     for name, other in baselines.items()
-                    if metric in other.get(part, {}).get("metrics", {})
+                    if other.get(part, {}).get("metrics", {}).get(metric, {}).get("mean") is not None
                 }
+                if summary["mean"] is None:  # a scorer of the user's that gave no number
+                    continue
                 yield Row(f"{words} ({scores['rows']})", metric, summary["mean"], summary["interval"], beside)
             labels = scores.get("labels", {})
             for metric in _LABEL_METRICS:

@@ -55,12 +55,14 @@ class TensorPlan:
         unread: names in the files -> the reason.
         added: names in CT-MoE by the part of the model.
         changes: names in the files -> how they are stored otherwise.
+        added_shapes: names in CT-MoE of what is added -> shapes.
     """
 
     reused: dict[str, str]
     unread: dict[str, str]
     added: dict[str, list[str]]
     changes: dict[str, str] = field(default_factory=dict)
+    added_shapes: dict[str, tuple[int, ...]] = field(default_factory=dict)
 
 
 def plan_tensors(shapes: dict[str, tuple[int, ...]], config: CTMoEConfig, base: PreTrainedConfig) -> TensorPlan:
@@ -94,7 +96,7 @@ def plan_tensors(shapes: dict[str, tuple[int, ...]], config: CTMoEConfig, base: 
                 f"a tensor of the base that fits nowhere in CT-MoE, as {family.name} is known here",
                 "Name a base of the published form",
             )
-        if _changed_shape(shape, how) != targets[target]:
+        if changed_shape(shape, how) != targets[target]:
             raise ConversionError(
                 key,
                 f"shape {list(shape)} in the base's files, {list(targets[target])} by its config ({target})",
@@ -117,14 +119,15 @@ def plan_tensors(shapes: dict[str, tuple[int, ...]], config: CTMoEConfig, base: 
                 target, "no tensor of the base's files fills it", "The base is incomplete: download it again"
             )
         added.setdefault(group, []).append(target)
-    return TensorPlan(reused, unread, added, changes)
+    shapes = {name: targets[name] for names in added.values() for name in names}
+    return TensorPlan(reused, unread, added, changes, shapes)
 
 
 def change(tensor: torch.Tensor, how: str) -> torch.Tensor:
     """A tensor of a base's files as CT-MoE stores it."""
     if how == "transpose":
         return tensor.t().contiguous()
-    return tensor.reshape(_changed_shape(tuple(tensor.shape), how)) if how else tensor
+    return tensor.reshape(changed_shape(tuple(tensor.shape), how)) if how else tensor
 
 
 def change_back(tensor: torch.Tensor, how: str, shape: tuple[int, ...]) -> torch.Tensor:
@@ -132,7 +135,8 @@ def change_back(tensor: torch.Tensor, how: str, shape: tuple[int, ...]) -> torch
     return tensor.t().contiguous() if how == "transpose" else tensor.reshape(shape)
 
 
-def _changed_shape(shape: tuple[int, ...], how: str) -> tuple[int, ...]:
+def changed_shape(shape: tuple[int, ...], how: str) -> tuple[int, ...]:
+    """That of the tensor in CT-MoE."""
     if how == "transpose":
         return shape[::-1]
     if how == "squeeze":

@@ -38,6 +38,7 @@ from transformers.integrations import deepspeed
 import ct_moe
 from ct_moe import TrainingError
 from ct_moe.hub.folder import load_folder, new_folder, save_folder, write_folder
+from ct_moe.hub.unconversion import copy_kept
 
 from .checkpoints import last_checkpoint, remove_incomplete
 from .packing import pack_rows
@@ -313,6 +314,7 @@ def _write_stage(
             else:
                 network = trainer.accelerator.unwrap_model(trainer.model)
                 _write_network(network, trainer, folder, intended_scope, state_dict)
+            copy_kept(start, folder)
             (folder / REPORT).write_text(json.dumps(report, indent=2) + "\n", encoding="utf-8")
     trainer.accelerator.wait_for_everyone()
 

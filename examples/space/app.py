@@ -13,7 +13,7 @@
 # limitations under the License.
 """The page of `ct-moe app` as a Space, or in any container: the model is named by the variable MODEL.
 
-    MODEL=../demo_model python app.py
+MODEL=../demo_model python app.py
 """
 
 import os

@@ -22,12 +22,11 @@ import base64
 import html
 import os
 import re
-import shutil
 import signal
 import sys
 import tempfile
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib.resources import files
 from pathlib import Path
 from typing import Any
@@ -268,7 +267,9 @@ def _series(series: str) -> dict[str, Any]:
 def _delete(path: str | None) -> None:
     """The upload, and the folder that Gradio made for it."""
     if path is not None:
-        shutil.rmtree(Path(path).parent, ignore_errors=True)
+        with suppress(OSError):
+            Path(path).unlink()
+            Path(path).parent.rmdir()
 
 
 def _head(reader: Reader) -> str:

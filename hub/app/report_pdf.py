@@ -82,7 +82,7 @@ def as_pdf(document: dict[str, Any], picture: bytes) -> bytes:
 
 def _facts(document: dict[str, Any]) -> list[tuple[str, str]]:
     model, scan = document["model"], document["scan"]
-    slab = "" if scan["slab_mm"] is None else f" of {scan['slab_mm']:g} mm: anything smaller can be hidden"
+    slab = "" if scan["slab_mm"] is None else f" of {scan['slab_mm']:.1f} mm: anything smaller can be hidden"
     revision = f", revision {model['revision']}" if model["revision"] else ""
     return [
         ("Slices", f"{scan['num_slices']}{slab}"),

@@ -18,6 +18,7 @@ a script. Nothing is unpacked to disk.
 """
 
 import gzip
+import os
 import stat
 import warnings
 import zipfile
@@ -83,7 +84,7 @@ class _Nameless:
 
 def _check_file(file, limits: UploadLimits) -> None:
     """Refuses, before it is read, what no scan is."""
-    found = Path(f"/dev/fd/{file.fileno()}").stat()
+    found = os.fstat(file.fileno())
     if not stat.S_ISREG(found.st_mode):
         raise VolumeError(UPLOAD, "not a regular file", "Upload the scan itself")
     if found.st_size > limits.upload_mb * 10**6:

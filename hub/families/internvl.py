@@ -13,7 +13,21 @@
 # limitations under the License.
 """InternVL: InternViT with layer scale, pixel shuffle, and a Qwen language model."""
 
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig, InternVLConfig
+
 from .family import Family, Rule, one_feature_layer
+
+
+def _read_config(folder: Path, raw: dict[str, Any]) -> InternVLConfig:
+    """The published configs do not say whether the head is tied, and the library takes that for a tie. They mean what
+    their language model's config says: Qwen2 with a head of its own."""
+    config = AutoConfig.from_pretrained(folder)
+    if "tie_word_embeddings" not in raw:
+        config.tie_word_embeddings = config.text_config.tie_word_embeddings
+    return config
 
 
 INTERNVL = Family(
@@ -37,6 +51,7 @@ INTERNVL = Family(
         Rule(r"(?:model\.)?multi_modal_projector\.(linear_[12]\..+)", r"model.multi_modal_projector.\1"),
     ],
     refuse=lambda raw: one_feature_layer(raw, -1, ("default",), "default"),
+    read_config=_read_config,
     image_text=lambda token: (token, f"<img>{token}</img>"),
     special="2 x 2 patches stacked to one token",
     checkpoints=("OpenGVLab/InternVL3-1B-hf", "OpenGVLab/InternVL3-2B-hf", "OpenGVLab/InternVL3-8B-hf"),

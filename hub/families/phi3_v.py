@@ -49,7 +49,11 @@ _VIT_LARGE = {  # openai/clip-vit-large-patch14-336, the tower of the published 
 def read_config(folder: Path, raw: dict[str, Any]) -> LlavaConfig:
     """As of a LLaVA. The published config has only the name of the tower: its sizes are read off its tensors."""
     own = {"model_type", "embd_layer", "img_processor", "architectures", "auto_map", "transformers_version"}
-    text = Phi3Config(**{name: value for name, value in raw.items() if name not in own})
+    fields = {name: value for name, value in raw.items() if name not in own}
+    if raw.get("rope_scaling"):
+        # Published as "su": the library renames it, but only after filling in what longrope needs.
+        fields["rope_scaling"] = {**raw["rope_scaling"], "type": "longrope", "rope_type": "longrope"}
+    text = Phi3Config(**fields)
     config = LlavaConfig(
         vision_config=_vision_config(folder),
         text_config=text,

@@ -18,13 +18,14 @@ import torch
 from datasets import Dataset
 from safetensors.torch import load_file
 from tiny_families import FAMILIES, build_dinov2, build_family
-from transformers import AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor
 from transformers.modeling_outputs import CausalLMOutput
 
 from ct_moe import CTMoEConfig, CTMoEForConditionalGeneration, CTMoEProcessor, CTReportPipeline
 from ct_moe.hub.base_model import open_base
 from ct_moe.hub.conversion import convert_base
 from ct_moe.hub.tensor_mapping import change_back
+from ct_moe.hub.unconversion import unconvert
 from ct_moe.trainers.recipe import Stage1Config, Stage2Config
 from ct_moe.trainers.rows import ROW_FEATURES
 from ct_moe.trainers.two_stage import train_stage
@@ -132,6 +133,18 @@ def test_every_tensor_is_kept_bit_for_bit_or_named(pair):
     assert sorted(unseen) == sorted(name for names in report.added_names.values() for name in names)
 
 
+def test_unconverting_a_conversion_gives_the_base_bit_for_bit(pair, tmp_path):
+    _, folders, converted, report = pair
+    back = unconvert(converted, tmp_path / "back")
+    assert (back.tensors, back.unread) == (len(report.reused_names), len(report.unread_names))
+    assert sorted(back.left) == sorted(name for names in report.added_names.values() for name in names)
+    parts = [""] if len(folders) == 1 else ["language_model", "vision_tower"]
+    places = [tmp_path / "back" / part for part in parts]
+    for folder, place in zip(folders, places):
+        written = {path.name: path.read_bytes() for path in place.iterdir()}
+        assert written == {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
 def test_the_base_s_picture_settings_and_prompt_are_taken_over(pair):
     name, _, converted, report = pair
     processor = CTMoEProcessor.from_pretrained(converted)
@@ -165,8 +178,8 @@ def test_a_real_scan_is_reported(pair, test_data):
 
 
 @pytest.mark.filterwarnings(r"ignore:`(is_)?gradient_checkpointing\w*` is deprecated:FutureWarning")
-def test_both_stages_train(pair, tmp_path, test_data):
-    _, _, converted, _ = pair
+def test_both_stages_train_and_lead_back_to_the_base(pair, tmp_path, test_data):
+    name, folders, converted, _ = pair
     scan = str(test_data / "totalseg" / "example_ct_sm.nii.gz")
     rows = [
         {
@@ -201,3 +214,15 @@ def test_both_stages_train(pair, tmp_path, test_data):
     for part in ("multi_modal_projector", "vision_tower.layers", ".moe.", "language_model"):
         assert any(part in name for name in changed), part
     assert "model.language_model.embed_tokens.weight" not in changed
+    # Back in the base's own format: what was trained is there, and its own class runs it.
+    report = unconvert(folder, tmp_path / "back")
+    assert not report.recast
+    place = tmp_path / "back" / ("language_model" if name == "dinov2" else "")
+    theirs, back = load_file(folders[0] / "model.safetensors"), load_file(place / "model.safetensors")
+    assert theirs.keys() == back.keys()
+    assert any(not torch.equal(theirs[key], back[key]) for key in theirs if "layers" in key)
+    if name == "dinov2":
+        AutoModelForCausalLM.from_pretrained(place)
+    elif name != "phi3_v":
+        _, loading = AutoModelForImageTextToText.from_pretrained(place, output_loading_info=True)
+        assert not loading["missing_keys"]
