@@ -463,9 +463,12 @@ def _make_processor(
     return processor, note
 
 
-def _write_images(template: str, written: str, meant: str) -> str:
+def _write_images(template: str, written: tuple[str, ...], meant: str) -> str:
     """A base's template with what its processor makes of an image in place of what the template writes for one."""
-    return template.replace(written, meant.replace("\n", "\\n")) if meant != written else template
+    for words in written:
+        if words in template:
+            return template.replace(words, meant.replace("\n", "\\n")) if meant != words else template
+    return template
 
 
 def _check_tied(plan: TensorPlan, tensors: dict[str, FileTensor]) -> None:

@@ -98,6 +98,11 @@ class CTReportPipeline(Pipeline):
         commits = [part for part in type(self).__module__.split(".") if re.fullmatch("[0-9a-f]{40}", part)]
         self.revision = revision or next(iter(commits), None)
 
+    def save_pretrained(self, save_directory, **kwargs) -> None:
+        """As in the library, with the processor, which the library's pipelines leave out."""
+        super().save_pretrained(save_directory, **kwargs)
+        self.processor.save_pretrained(save_directory)
+
     def __call__(self, scans, **kwargs) -> dict[str, Any] | list[dict[str, Any]] | Iterator[dict[str, Any]]:
         batch_size = kwargs.pop("batch_size", None) or self._batch_size or 1
         kwargs.pop("num_workers", None)  # the library's; scans are read in threads by the image processor

@@ -22,7 +22,11 @@ from pathlib import Path
 
 import pytest
 import torch
+import use_auto_classes
 from safetensors.torch import load_file
+from tiny_families import FAMILIES, build_dinov2, build_family
+
+from ct_moe.hub.conversion import convert_base
 
 
 pytestmark = pytest.mark.slow
@@ -76,6 +80,25 @@ def test_folder_loads_without_the_package_and_gives_the_same_bits(environments, 
     assert printed["remote"] == printed["library"]
     assert printed["remote"]["model_type"] == "ct_moe"
     assert printed["remote"]["report"]["task"] == "report"
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_loads_without_the_package(environments, family, test_data, tmp_path):
+    scan = test_data / "totalseg" / "example_ct_sm.nii.gz"
+    if family == "dinov2":
+        base, tower = build_dinov2(tmp_path / "base")
+        convert_base(base, tmp_path / "model", vision_tower=tower, progress=False)
+    else:
+        size = {"qwen2_5_vl": {"image_size": 112}, "qwen3_vl": {"image_size": 64}}.get(family, {})
+        convert_base(build_family(family, tmp_path / "base"), tmp_path / "model", progress=False, **size)
+    python, out = environments["without_package"], tmp_path / "remote.safetensors"
+    result = run([python, SCRIPT, "remote", tmp_path / "model", scan, out], tmp_path)
+    assert result.returncode == 0, result.stderr
+    use_auto_classes.main("library", str(tmp_path / "model"), str(scan), str(tmp_path / "library.safetensors"))
+    remote, library = load_file(out), load_file(tmp_path / "library.safetensors")
+    assert remote.keys() == library.keys()
+    for name, tensor in library.items():
+        torch.testing.assert_close(tensor, remote[name], atol=1e-6, rtol=1e-5)
 
 
 def test_a_folder_saved_by_its_own_code_is_whole(environments, model_folder, tmp_path):

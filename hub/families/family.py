@@ -90,7 +90,7 @@ class Family:
         base_inputs: one slice `(1, 3, height, width)`, `input_ids` and its config -> what else the base's own forward
             takes.
         image_size: pixels along a side of a slice, where the base leaves them open; a conversion may set others.
-        image_text: (what the base's chat template writes for an image, what its processor makes of that, with one
+        image_text: (what the base's chat template may write for an image, what its processor makes of that, with one
             placeholder where visual tokens go), given the placeholder.
         chat_template: for bases that have none.
         special: what is special about it, for the table of families.
@@ -117,7 +117,7 @@ class Family:
     base_inputs: Callable[[torch.Tensor, torch.Tensor, PreTrainedConfig], dict[str, Any]] = (
         lambda pixels, input_ids, config: {"pixel_values": pixels}
     )
-    image_text: Callable[[str], tuple[str, str]] = lambda token: (token, token)
+    image_text: Callable[[str], tuple[tuple[str, ...], str]] = lambda token: ((token,), token)
     chat_template: str | None = None
     special: str = ""
     checkpoints: tuple[str, ...] = ()

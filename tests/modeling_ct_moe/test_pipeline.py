@@ -140,6 +140,14 @@ def test_a_scan_that_is_not_ct_is_refused(reporter, test_data):
         reporter(str(test_data / "totalseg" / "example_mr_sm.nii.gz"))
 
 
+def test_a_saved_pipeline_is_whole(reporter, scans, tmp_path):
+    reporter.save_pretrained(tmp_path / "saved")
+    again = pipeline("ct-report", model=str(tmp_path / "saved"), trust_remote_code=True)
+    assert again(scans[0], max_new_tokens=4)["text"] == reporter(scans[0], max_new_tokens=4)["text"]
+    code = {path.name for path in (tmp_path / "saved").glob("*_ct_moe.py")}
+    assert {"processing_ct_moe.py", "pipeline_ct_moe.py", "volume_dicom_ct_moe.py"} <= code
+
+
 def test_a_folder_of_another_model_is_refused(tmp_path):
     base = build_tiny_base(tmp_path / "base")
     with pytest.raises(ModelError, match="type 'llava'"):
