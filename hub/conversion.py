@@ -418,11 +418,14 @@ def _make_processor(
     if source.tower_folder is not None:
         place_image_token(tokenizer, config.text_config.vocab_size, source.name)
     image_token = tokenizer.convert_ids_to_tokens(config.image_token_id)
-    if config.image_token_id not in tokenizer.added_tokens_decoder:
+    added = config.image_token_id in tokenizer.added_tokens_decoder
+    # Of a language model beside a tower of its own any token was chosen that is free.
+    if not added or (source.tower_folder is None and image_token not in source.family.image_tokens):
         raise ConversionError(
             source.name,
-            f"image_token_index {config.image_token_id} of config.json is {image_token!r} in the tokenizer, which is "
-            "none of its added tokens",
+            f"image_token_index {config.image_token_id} of config.json is {image_token!r} in the tokenizer, "
+            + ("" if added else "which is none of its added tokens, ")
+            + f"and not {' or '.join(source.family.image_tokens)}",
             "Config and tokenizer do not belong together: download the base again",
         )
     if tokenizer.pad_token is None:

@@ -89,6 +89,7 @@ class Family:
         fresh: patterns of what neither base nor conversion fills, with the part of the model: new parameters.
         base_inputs: one slice `(1, 3, height, width)`, `input_ids` and its config -> what else the base's own forward
             takes.
+        image_tokens: what its tokenizer may call the placeholder.
         image_size: pixels along a side of a slice, where the base leaves them open; a conversion may set others.
         image_text: (what the base's chat template may write for an image, what its processor makes of that, with one
             placeholder where visual tokens go), given the placeholder.
@@ -113,6 +114,7 @@ class Family:
     )
     run_base: Callable[..., torch.Tensor] | None = None
     fresh: list[tuple[str, str]] = field(default_factory=list)
+    image_tokens: tuple[str, ...] = ("<image>",)
     image_size: int | None = None
     base_inputs: Callable[[torch.Tensor, torch.Tensor, PreTrainedConfig], dict[str, Any]] = (
         lambda pixels, input_ids, config: {"pixel_values": pixels}

@@ -51,6 +51,7 @@ GEMMA3 = Family(
         "token_type_ids": (input_ids == config.image_token_id).long(),
     },
     image_text=lambda token: (("<start_of_image>",), f"\n\n<start_of_image>{token}<end_of_image>\n\n"),
+    image_tokens=("<image_soft_token>",),
     special="256 tokens per slice before pooling; visual tokens of a volume see each other in the language model",
     checkpoints=("google/medgemma-4b-it", "google/gemma-3-4b-it", "google/gemma-3-12b-it"),
 )

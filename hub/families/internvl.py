@@ -53,6 +53,7 @@ INTERNVL = Family(
     refuse=lambda raw: one_feature_layer(raw, -1, ("default",), "default"),
     read_config=_read_config,
     image_text=lambda token: ((token, "<image>"), f"<img>{token}</img>"),
+    image_tokens=("<IMG_CONTEXT>",),
     special="2 x 2 patches stacked to one token",
     checkpoints=("OpenGVLab/InternVL3-1B-hf", "OpenGVLab/InternVL3-2B-hf", "OpenGVLab/InternVL3-8B-hf"),
 )

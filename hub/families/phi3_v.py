@@ -173,6 +173,7 @@ PHI3_V = Family(
     refuse=_refuse,
     read_config=read_config,
     run_base=run_base,
+    image_tokens=(_IMAGE_TOKEN,),
     special="2 x 2 patches stacked, a separator behind every row, and an overview of the volume behind it",
     checkpoints=("microsoft/Phi-3-vision-128k-instruct", "microsoft/Phi-3.5-vision-instruct"),
 )

@@ -13,15 +13,17 @@
 # limitations under the License.
 """Every family of bases: the base's own forward and generation on one slice, every tensor kept, both stages."""
 
+import json
+
 import pytest
 import torch
 from datasets import Dataset
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from tiny_families import FAMILIES, build_dinov2, build_family
-from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
 from transformers.modeling_outputs import CausalLMOutput
 
-from ct_moe import CTMoEConfig, CTMoEForConditionalGeneration, CTMoEProcessor, CTReportPipeline
+from ct_moe import ConversionError, CTMoEConfig, CTMoEForConditionalGeneration, CTMoEProcessor, CTReportPipeline
 from ct_moe.hub.base_model import open_base
 from ct_moe.hub.conversion import convert_base
 from ct_moe.hub.tensor_mapping import change_back
@@ -226,3 +228,72 @@ def test_both_stages_train_and_lead_back_to_the_base(pair, tmp_path, test_data):
     elif name != "phi3_v":
         _, loading = AutoModelForImageTextToText.from_pretrained(place, output_loading_info=True)
         assert not loading["missing_keys"]
+
+
+def _add_unknown(weights, folder):
+    weights["model.unknown.weight"] = torch.ones(3)
+    return "unknown.weight.*fits nowhere"
+
+
+def _take_away(weights, folder):
+    del weights[next(key for key in weights if "layers.1." in key and key.endswith("norm.weight"))]
+    return "no tensor of the base's files fills it"
+
+
+def _misshape(weights, folder):
+    key = next(key for key in weights if key.endswith("q_proj.weight") or key.endswith("qkv_proj.weight"))
+    weights[key] = weights[key][:-1].clone()
+    return r"shape \[\d+, \d+\] in the base's files"
+
+
+def _contradict(weights, folder):
+    config = json.loads((folder / "config.json").read_text())
+    text = config.get("text_config", config)
+    text["intermediate_size"] += 8
+    (folder / "config.json").write_text(json.dumps(config))
+    return "in the base's files, .* by its config"
+
+
+def _drop_token(weights, folder):
+    """The placeholder becomes a plain word of the vocabulary, as in a tokenizer that was made without pictures."""
+    content = json.loads((folder / "tokenizer.json").read_text())
+    content["added_tokens"] = [token for token in content["added_tokens"] if not _is_image(token["content"])]
+    (folder / "tokenizer.json").write_text(json.dumps(content))
+    settings = json.loads((folder / "tokenizer_config.json").read_text())
+    kept = {name: value for name, value in settings.items() if "token" not in name or name.endswith("_class")}
+    (folder / "tokenizer_config.json").write_text(json.dumps(kept))
+    return "in the tokenizer, .*and not <|has no token"
+
+
+def _is_image(token):
+    return token in ("<image>", "<|image|>", "<image_soft_token>", "<IMG_CONTEXT>", "<|image_pad|>")
+
+
+@pytest.mark.parametrize("damage", [_add_unknown, _take_away, _misshape, _contradict, _drop_token])
+@pytest.mark.parametrize("family", [name for name in FAMILIES if name != "dinov2"])
+def test_what_does_not_belong_together_is_named_before_anything_is_written(family, damage, tmp_path):
+    base = build_family(family, tmp_path / "base")
+    weights = load_file(base / "model.safetensors")
+    message = damage(weights, base)
+    save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
+    size = {"qwen2_5_vl": {"image_size": 112}, "qwen3_vl": {"image_size": 64}}.get(family, {})
+    with pytest.raises(ConversionError, match=message):
+        convert_base(base, tmp_path / "out", progress=False, **size)
+    assert [path.name for path in tmp_path.iterdir()] == ["base"]
+
+
+def test_a_language_model_without_a_spare_row_is_refused_beside_dinov2(tmp_path):
+    base, tower = build_dinov2(tmp_path / "base")
+    config = json.loads((base / "config.json").read_text())
+    rows = len(AutoTokenizer.from_pretrained(base))
+    weights = load_file(base / "model.safetensors")
+    for key in ("model.embed_tokens.weight", "lm_head.weight"):
+        weights[key] = weights[key][:rows].clone()
+    save_file(weights, base / "model.safetensors", metadata={"format": "pt"})
+    (base / "config.json").write_text(json.dumps({**config, "vocab_size": rows}))
+    with pytest.raises(ConversionError, match="rows of the embeddings have a token, and none is reserved"):
+        convert_base(base, tmp_path / "out", vision_tower=tower, progress=False)
+    with pytest.raises(ConversionError, match="vision_tower_revision: given without"):
+        convert_base(base, tmp_path / "out", vision_tower_revision="main", progress=False)
+    with pytest.raises(ConversionError, match="model_type 'qwen2' is not supported here"):
+        convert_base(base, tmp_path / "out", vision_tower=base, progress=False)

@@ -19,6 +19,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
+from tokenizers import Tokenizer
 from transformers import (
     AutoConfig,
     AutoModelForImageTextToText,
@@ -167,7 +168,11 @@ def build_phi3_v(folder: Path, seed: int = 0, dtype: torch.dtype = torch.float32
 
 def build_dinov2(folder: Path, seed: int = 0, dtype: torch.dtype = torch.float32) -> tuple[Path, Path]:
     """A language model without a token for images, and a tower."""
-    tokenizer = _train_tokenizer([*radiology_sentences()])
+    content = json.loads(_train_tokenizer(radiology_sentences()).backend_tokenizer.to_str())
+    content["added_tokens"] = [token for token in content["added_tokens"] if token["content"] != "<image>"]
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=Tokenizer.from_str(json.dumps(content)), eos_token="<|end|>", pad_token="<|endoftext|>"
+    )
     tower = Dinov2Config(
         hidden_size=48, num_hidden_layers=3, num_attention_heads=4, mlp_ratio=2, image_size=56, patch_size=14
     )
