@@ -84,8 +84,8 @@ IMAGE_SETTINGS = (
 )
 
 
-# Of the base, whether its family names them or not.
-_PROJECTOR = {
+# Fields of the config that no one else sets, whether a family names them or not.
+_OF_THE_BASE = {
     "projector_hidden_act",
     "multimodal_projector_bias",
     "projector_layers",
@@ -101,16 +101,6 @@ _PROJECTOR = {
 }
 PARITY_LIMIT = 1e-5  # largest absolute difference of two float32 logits, design section 2.2
 _SEED = 0  # of the inputs that parity is measured on
-_OPTIONS = {
-    "revision",
-    "dtype",
-    "chat_template",
-    "preset",
-    "volume_encoder",
-    "volume_encoder_revision",
-    "vision_tower",
-    "vision_tower_revision",
-}
 
 
 @dataclass(frozen=True)
@@ -241,9 +231,20 @@ def convert_base(
             base's by more than 1e-5.
         ModelError: `out` holds something, or an override is out of range.
     """
-    options = {**ct_moe_overrides, **{name: value for name, value in locals().items() if name in _OPTIONS}}
     with conversion_folder(out) as folder, _progress(progress) as step:
-        planned = _plan(base, step, **options)
+        planned = _plan(
+            base,
+            step,
+            revision=revision,
+            dtype=dtype,
+            chat_template=chat_template,
+            preset=preset,
+            volume_encoder=volume_encoder,
+            volume_encoder_revision=volume_encoder_revision,
+            vision_tower=vision_tower,
+            vision_tower_revision=vision_tower_revision,
+            **ct_moe_overrides,
+        )
         source, plan, tensors = planned.source, planned.plan, planned.tensors
         step("reading the base's files")
         key = {
@@ -382,7 +383,7 @@ def _plan(
 def _make_config(source: Base, overrides: dict[str, Any]) -> CTMoEConfig:
     base, family = source.config, source.family
     tower = TOWERS[base.vision_config.model_type]
-    vision = {name: getattr(base.vision_config, theirs) for name, theirs in tower.fields.items()} | tower.constants
+    vision = tower.constants | {name: getattr(base.vision_config, own) for name, own in tower.fields.items()}
     vision |= tower.settings(base.vision_config) | family.vision(base)
     if family.image_size is not None:
         vision["image_size"] = overrides.pop("image_size", family.image_size)
@@ -395,7 +396,7 @@ def _make_config(source: Base, overrides: dict[str, Any]) -> CTMoEConfig:
     general = {field.name for field in fields(PreTrainedConfig)}
     free_vision = {field.name for field in fields(CTMoEVisionConfig)} - general - vision.keys() - {"num_tasks"}
     free_top = {field.name for field in fields(CTMoEConfig)} - general - top.keys() - {"vision_config"}
-    free_top -= {"format_version", *_PROJECTOR}
+    free_top -= {"format_version", *_OF_THE_BASE}
     for name, value in overrides.items():
         if name not in free_vision | free_top:
             raise ConversionError(

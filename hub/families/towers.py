@@ -43,6 +43,16 @@ _PLAIN = {
     "norm_type": "layer_norm",
     "qk_norm": False,
     "use_layer_scale": False,
+    "post_norm_type": "layer_norm",
+    "gated_mlp": False,
+    "fused_qkv": False,
+    "temporal_patch_size": 1,
+    "position_embedding": True,
+    "position_grid": None,
+    "rotary_theta": None,
+    "window_size": None,
+    "full_attention_layers": [],
+    "deepstack_layers": [],
 }
 
 

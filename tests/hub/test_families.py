@@ -156,6 +156,7 @@ def test_the_base_s_picture_settings_and_prompt_are_taken_over(pair):
     prompt = processor.apply_chat_template(messages, add_generation_prompt=True)
     expected = {
         "gemma3": "<|user|>\n\n\n<start_of_image><image_soft_token><end_of_image>\n\n\nIs there a nodule?<|end|>\n",
+        "internvl with rms norms": "<|user|>\n<img><IMG_CONTEXT></img>\nIs there a nodule?<|end|>\n",
         "internvl": "<|user|>\n<img><IMG_CONTEXT></img>\nIs there a nodule?<|end|>\n",
         "phi3_v": "<|user|>\n<|image|>\nIs there a nodule?<|end|>\n",
         "paligemma": "<image>Is there a nodule?\n",

@@ -272,6 +272,13 @@ def _internvl(tokenizer, image_token_id, changes):
     return InternVLConfig(vision_config=vision, text_config=text, image_token_id=image_token_id, **changes)
 
 
+def _internvl_6b(tokenizer, image_token_id, changes):
+    """In the manner of InternViT-6B: RMS norms, also of queries and keys, no biases there; a norm behind all layers."""
+    vision = {"norm_type": "rms_norm", "use_qk_norm": True, "attention_bias": False, "use_mean_pooling": False}
+    changes |= {"vision_config": vision, "qwen3": True, "vision_feature_layer": -1}
+    return _internvl(tokenizer, image_token_id, changes)
+
+
 def _qwen2_5_vl(tokenizer, image_token_id, changes):
     rope = {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}
     text = _text("qwen2_5_vl_text", tokenizer, changes, rope_parameters=rope)
@@ -328,6 +335,7 @@ _FAMILIES = {
     "paligemma": (_paligemma, "<image>", "<image>"),
     "qwen2_5_vl": (_qwen2_5_vl, "<|image_pad|>", "<|vision_start|><|image_pad|><|vision_end|>"),
     "qwen3_vl": (_qwen3_vl, "<|image_pad|>", "<|vision_start|><|image_pad|><|vision_end|>"),
+    "internvl with rms norms": (_internvl_6b, "<IMG_CONTEXT>", "<IMG_CONTEXT>"),
     "internvl": (_internvl, "<IMG_CONTEXT>", "<IMG_CONTEXT>"),
 }
 FAMILIES = sorted([*_FAMILIES, "phi3_v", "dinov2"])
