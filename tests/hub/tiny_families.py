@@ -273,7 +273,7 @@ def _internvl(tokenizer, image_token_id, changes):
 
 
 def _internvl_6b(tokenizer, image_token_id, changes):
-    """In the manner of InternViT-6B: RMS norms, also of queries and keys, no biases there; a norm behind all layers."""
+    """In the manner of InternViT-6B: RMS norms, also of queries and keys, no biases there; a norm at the end."""
     vision = {"norm_type": "rms_norm", "use_qk_norm": True, "attention_bias": False, "use_mean_pooling": False}
     changes |= {"vision_config": vision, "qwen3": True, "vision_feature_layer": -1}
     return _internvl(tokenizer, image_token_id, changes)
