@@ -39,10 +39,12 @@ from ct_moe.errors_ct_moe import PublishError
 from .card import read_facts, read_header
 from .card_metadata import check_metadata
 from .measurements import numbers, read_results
+from .unconversion import BASE_FILES
 
 
 MAX_BYTES = 5 * 10**9 + 10**8  # a shard, and some room for its header
 _KNOWN = re.compile(
+    rf"base/((language_model|vision_tower)/)?({BASE_FILES}) | base/(tensors\.json|unread\.safetensors) | "
     r"""
     README\.md | LICENSE(\.\w+)? | NOTICE(\.\w+)? | \.gitattributes | card\.yaml | manifest\.json | \w+_ct_moe\.py
     | (generation_|processor_|preprocessor_)?config\.json | chat_template\.(jinja|json)
@@ -220,7 +222,7 @@ def _look_into(name: str, path: Path, repo_id: str) -> Iterator[Finding]:
         finding = error.finding if isinstance(error, PublishError) else f"cannot be read ({type(error).__name__})"
         yield Finding(name, finding, "Write it again, or remove it")
         return
-    if name == "tokenizer.json" and isinstance(content, dict):
+    if Path(name).name == "tokenizer.json" and isinstance(content, dict):
         content = {key: value for key, value in content.items() if key not in ("model", "added_tokens")}
     if name in ("config.json", "processor_config.json", "tokenizer_config.json"):
         yield from _foreign_code(name, content)
@@ -231,7 +233,7 @@ def _look_into(name: str, path: Path, repo_id: str) -> Iterator[Finding]:
     ):
         yield Finding(name, "names rows of the data set", "Let `ct-moe card DIR --from FILE` copy it without them")
     for place, words in _lines(content):
-        if name not in _VOCABULARY:
+        if Path(name).name not in _VOCABULARY:
             yield from (Finding(name, f"{finding} {place}", remedy) for finding, remedy in _words(words, repo_id))
 
 

@@ -19,6 +19,7 @@
 """
 
 import json
+import re
 import shutil
 from dataclasses import dataclass
 from functools import partial
@@ -36,6 +37,12 @@ from .tensor_mapping import TensorPlan, change_back
 
 
 KEPT = "base"
+# What a base needs beside its weights. Whatever else lies in its folder is not ours to keep, or to publish.
+BASE_FILES = (
+    r"(generation_|processor_|(video_)?preprocessor_)?config\.json|model\.safetensors\.index\.json"
+    r"|chat_template\.(jinja|json)|tokenizer(_config)?\.json|tokenizer\.model|special_tokens_map\.json"
+    r"|added_tokens\.json|vocab\.(json|txt)|merges\.txt"
+)
 _TENSORS = "tensors.json"
 _UNREAD = "unread.safetensors"
 _EMBEDDINGS = "model.language_model.embed_tokens.weight"
@@ -76,7 +83,7 @@ def keep_base(source: Base, tensors: dict[str, FileTensor], plan: TensorPlan, fo
     for place, root in _roots(source).items():
         (kept / place).mkdir(parents=True, exist_ok=True)
         for path in sorted(root.iterdir()):
-            if path.suffix in (".json", ".jinja", ".model", ".txt") and path.is_file():
+            if re.fullmatch(BASE_FILES, path.name) and path.is_file():
                 shutil.copyfile(path, kept / place / path.name)
     for key, tensor in tensors.items():
         entry: dict[str, Any] = {"shape": list(tensor.shape), "dtype": str(tensor.dtype).removeprefix("torch.")}
