@@ -14,6 +14,7 @@
 """Large bases: shard by shard, killed and resumed, planned without a tensor, and back again."""
 
 import json
+import os
 import shutil
 import signal
 import subprocess
@@ -22,6 +23,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from hub_endpoint import HubEndpoint
 from safetensors.torch import load_file, save_file
 from tiny_families import build_family
 
@@ -242,3 +244,42 @@ def _file_name(name: str) -> str:
     if name.startswith("model.language_model."):
         return "language_model.model." + name.removeprefix("model.language_model.")
     return {"lm_head.weight": "language_model.lm_head.weight"}.get(name, name.removeprefix("model."))
+
+
+@pytest.mark.slow
+def test_a_base_of_the_hub_is_planned_without_its_weights_and_a_damaged_download_is_found(converted, tmp_path):
+    base, folder = converted
+    with HubEndpoint() as hub:
+        environment = {**os.environ, **hub.environment(tmp_path)}
+        command = [Path(sys.executable).with_name("ct-moe"), "convert", "lab/base", tmp_path / "out"]
+
+        def run(*options):
+            return subprocess.run([*command, *options], env=environment, capture_output=True, text=True, check=False)
+
+        upload = "import sys; from huggingface_hub import HfApi; api = HfApi(); api.create_repo('lab/base')\n"
+        upload += "api.upload_folder(repo_id='lab/base', folder_path=sys.argv[1])"
+        subprocess.run([sys.executable, "-c", upload, base], env=environment, check=True, capture_output=True)
+
+        planned = run("--dry-run")
+        assert planned.returncode == 0, planned.stderr
+        assert "Nothing was written" in planned.stdout
+        expected = str(plan_conversion(base, progress=False)).splitlines()[1:]
+        assert expected == planned.stdout.splitlines()[1 : len(expected) + 1]
+        assert not list(tmp_path.rglob("model.safetensors"))
+        assert not (tmp_path / "out").exists()
+
+        done = run("--no-parity")
+        assert done.returncode == 0, done.stderr
+        assert (tmp_path / "out/model.safetensors").read_bytes() == (folder / "model.safetensors").read_bytes()
+        report = json.loads((tmp_path / "out/conversion_report.json").read_text())
+        assert report["revision"] == hub.repositories["lab/base"].branches["main"]
+
+        shutil.rmtree(tmp_path / "out")
+        weights = next(path for path in tmp_path.rglob("model.safetensors") if "snapshots" in path.parts)
+        with weights.resolve().open("r+b") as file:
+            file.seek(-3, os.SEEK_END)
+            file.write(b"\0\1\2")
+        damaged = run("--no-parity")
+        assert damaged.returncode == 1
+        assert "is not the file that the Hub has" in damaged.stderr
+        assert not (tmp_path / "out").exists()
