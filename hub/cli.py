@@ -24,6 +24,7 @@ import traceback
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from logging import ERROR, getLogger
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -648,6 +649,8 @@ def _quiet_libraries() -> Iterator[None]:
 
         logging.disable_progress_bar()
         hub_logging.set_verbosity_error()
+        # It misses a package for a fast path at every start, whatever the command.
+        getLogger("bitsandbytes").setLevel(ERROR)
         yield
 
 
