@@ -14,7 +14,7 @@
 """Publishing on the Hub: a folder that was looked through and proven, in one commit; and back again, checked.
 
 - `push_folder`: a model folder, or one that holds an adapter only -> a Hub repository.
-- `push_model`: a model and its processor in memory -> the same.
+- `push_to_hub`: a model and its processor in memory -> the same.
 - `pull_folder`: a Hub repository at one commit -> a folder, every file with the hash that its manifest names.
 
 Uploads are tested through LFS; through Xet, which `huggingface_hub` prefers where hf-xet is installed, they are not.
@@ -146,7 +146,7 @@ def push_folder(
         return plan if dry_run else _upload(staged, plan, hashes, private)
 
 
-def push_model(
+def push_to_hub(
     model: "CTMoEForConditionalGeneration",
     processor: "CTMoEProcessor",
     repo_id: str,
@@ -154,7 +154,7 @@ def push_model(
     card: str | None = None,
     **push,
 ) -> PushPlan:
-    """As `push_folder`, from memory: what `push_to_hub` of a model or a processor alone cannot do.
+    """As `push_folder`, from memory: what the methods of that name, of a model or a processor alone, cannot do.
 
     Args:
         model, processor: as in `save_folder`.

@@ -34,7 +34,7 @@ from ct_moe import CTMoEForConditionalGeneration, CTMoEProcessor, ModelError, Pu
 from ct_moe.hub import publishing
 from ct_moe.hub.folder import save_folder
 from ct_moe.hub.proof import LIMIT, Proof, prove_folder
-from ct_moe.hub.publishing import MANIFEST, pull_folder, push_folder, push_model
+from ct_moe.hub.publishing import MANIFEST, pull_folder, push_folder, push_to_hub
 
 
 ROOT = Path(__file__).parents[2]
@@ -247,7 +247,7 @@ def test_a_hub_that_cannot_be_reached_is_named(hub, client, folder, monkeypatch,
 def test_a_model_in_memory_is_pushed_with_its_processor(hub, client, model_folder, tmp_path):
     model = CTMoEForConditionalGeneration.from_pretrained(model_folder)
     processor = CTMoEProcessor.from_pretrained(model_folder)
-    push_model(model, processor, "lab/model", card="license: mit\n", say=lambda _: None)
+    push_to_hub(model, processor, "lab/model", card="license: mit\n", say=lambda _: None)
     pull_folder("lab/model", tmp_path / "back")
     save_folder(model, processor, tmp_path / "saved")
     back = contents(tmp_path / "back")
