@@ -499,8 +499,8 @@ class CTMoEConfig(PreTrainedConfig):
                 f"{self.merge_size} does not divide the {self.vision_config.grid_size} patches along a side",
                 "Take it from the base",
             )
-        if self.separators == "rows" and self.slice_scoring == "tgis":
-            raise ModelError("slice_scoring", '"tgis" with a base that separates rows', 'Use "none"')
+        if self.slice_scoring == "tgis" and (self.separators == "rows" or self.position_axes == 3):
+            raise ModelError("slice_scoring", '"tgis" with a base that separates or places rows', 'Use "none"')
         self._check_slice_scoring()
         self.vision_config.num_tasks = len(self.tasks)
         if self.vision_config.moe_layers and not self.vision_config.shared_group and not self.tasks:

@@ -1631,6 +1631,12 @@ class CTMoEModel(CTMoEPreTrainedModel):
         if past_key_values is not None and past_key_values.get_seq_length() > 0:
             return None
         if token_type_ids is None:
+            if self.training:
+                raise ModelError(
+                    "token_type_ids",
+                    "missing in training: the answer would see itself before it is written",
+                    "Pass labels, or 0 for the prompt and 1 for the answer",
+                )
             return torch.zeros(inputs_embeds.shape[:2], dtype=torch.long, device=inputs_embeds.device)
         return torch.where(token_type_ids == 0, 0, -1)
 
@@ -1929,6 +1935,9 @@ class CTMoEForConditionalGeneration(CTMoEPreTrainedModel, GenerationMixin):
         output_router_logits: bool | None = None,
         **kwargs: Unpack[TransformersKwargs],
     ) -> tuple | CTMoECausalLMOutputWithPast:
+        # CODEPATH: PaliGemma, whose prompt sees all of itself and never the answer.
+        if self.config.image_attention == "prompt" and token_type_ids is None and labels is not None:
+            token_type_ids = (labels != -100).long()
         outputs = self.model(
             input_ids=input_ids,
             pixel_values=pixel_values,

@@ -88,6 +88,8 @@ class CTMoEDataCollator(DataCollatorForVisionLanguageModeling):
                 for example in examples
             ]
             output = append_conversations(output, conversations, self.processor.image_token_id, self._pad_token_id)
+        # Where a prompt sees all of itself, the answer must not be taken for a part of it.
+        output["token_type_ids"] = (output["labels"] != UNLABELLED).long()
         return {
             **output,
             "row_names": names,

@@ -28,6 +28,7 @@ from ct_moe.hub.base_model import open_base
 from ct_moe.hub.conversion import convert_base
 from ct_moe.hub.tensor_mapping import change_back
 from ct_moe.hub.unconversion import unconvert
+from ct_moe.trainers import CTMoEDataCollator
 from ct_moe.trainers.recipe import Stage1Config, Stage2Config
 from ct_moe.trainers.rows import ROW_FEATURES
 from ct_moe.trainers.two_stage import train_stage
@@ -298,3 +299,31 @@ def test_a_language_model_without_a_spare_row_is_refused_beside_dinov2(tmp_path)
         convert_base(base, tmp_path / "out", vision_tower_revision="main", progress=False)
     with pytest.raises(ConversionError, match="model_type 'qwen2' is not supported here"):
         convert_base(base, tmp_path / "out", vision_tower=base, progress=False)
+
+
+def test_no_answer_sees_what_comes_after_it(pair, test_data):
+    """In training, with the collator's batches: another last word changes nothing before it."""
+    _, _, converted, _ = pair
+    model = CTMoEForConditionalGeneration.from_pretrained(converted).train()
+    collator = CTMoEDataCollator(CTMoEProcessor.from_pretrained(converted))
+    batch = collator(
+        [
+            {
+                "images": [str(test_data / "totalseg" / "example_ct_sm.nii.gz")],
+                "prompt": [{"role": "user", "content": "Where is the nodule?"}],
+                "completion": [{"role": "assistant", "content": "In the right upper lobe of the lung."}],
+                "task": "vqa_open",
+                "row": 1,
+            }
+        ]
+    )
+    inputs = {name: value for name, value in batch.items() if isinstance(value, torch.Tensor) and name != "row_tasks"}
+    model.config.vision_config.router_jitter = 0.0
+    answer = (inputs["labels"][0] != -100).nonzero()[:, 0]
+    changed = inputs["input_ids"].clone()
+    changed[0, answer[-2]] = changed[0, answer[0]]
+    with torch.no_grad():
+        for labelled in (inputs, {k: v for k, v in inputs.items() if k != "token_type_ids"}):
+            before, after = (model(**{**labelled, "input_ids": ids}).logits for ids in (inputs["input_ids"], changed))
+            torch.testing.assert_close(before[0, : answer[-2]], after[0, : answer[-2]], atol=1e-5, rtol=1e-5)
+            assert (before[0, answer[-2] :] - after[0, answer[-2] :]).abs().max() > 1e-4
