@@ -81,6 +81,7 @@ class VolumeCache:
         self.image_processor = image_processor
         self.max_bytes = max_gb * 1e9
         self.hits = self.misses = 0
+        self._unseen_bytes = 0  # that may be stored before the folder is looked through again
         self._contents: dict[str, str] = {}  # hash of paths, sizes, times and inodes -> hash of the content
         self._has_warned = False
         try:
@@ -121,7 +122,7 @@ class VolumeCache:
 
     def __getstate__(self) -> dict[str, Any]:
         # For another process, which counts and warns for itself.
-        return {**vars(self), "hits": 0, "misses": 0, "_has_warned": False}
+        return {**vars(self), "hits": 0, "misses": 0, "_has_warned": False, "_unseen_bytes": 0}
 
     def _key(self, source: Any) -> str | None:
         """File name of a scan's entry; None for a scan that is not kept."""
@@ -175,7 +176,10 @@ class VolumeCache:
                 with open(descriptor, "wb") as file:
                     file.write(content)
                 with self._lock():
-                    self._evict(self.max_bytes - len(content), new=entry)
+                    if len(content) > self._unseen_bytes:
+                        self._evict(self.max_bytes - len(content), new=entry)
+                    else:
+                        self._unseen_bytes -= len(content)
                     os.replace(part, entry)
             finally:
                 with suppress(OSError):
@@ -189,7 +193,11 @@ class VolumeCache:
         return FileLock(self.folder / "lock", timeout=_LOCK_SECONDS, mode=0o600)
 
     def _evict(self, room: float, new: Path | None = None) -> None:
-        """Removes least recently used entries until those beside the new one fit into `room`; needs the lock."""
+        """Removes least recently used entries until those beside the new one fit into `room`; needs the lock.
+
+        Looking through a folder of thousands for every new entry would take longer than writing it: of the room that
+        is left, each of 64 processes may fill its share before it looks again.
+        """
         entries = []
         for path in self.folder.iterdir():
             if _ENTRY_NAME.fullmatch(path.name) and path != new:
@@ -202,6 +210,7 @@ class VolumeCache:
                 break
             path.unlink(missing_ok=True)
             excess -= size
+        self._unseen_bytes = max(-excess, 0) / 64
 
     def _remove_old_parts(self) -> None:
         """Removes what killed processes were writing; needs the lock."""

@@ -461,6 +461,28 @@ def test_the_least_recently_used_are_evicted_and_the_bound_holds(tmp_path):
     assert {path.name for path in entries(cache)} == {name for name, _ in held} | {"model.safetensors"}
 
 
+def test_caches_that_seldom_look_keep_the_bound_together(tmp_path, monkeypatch):
+    scans = [write_nifti(tmp_path / f"{i}.nii", 1, seed=i, edge=16) for i in range(90)]
+    processor = CTMoEImageProcessor(size=14, patch_size=7)
+    looked = []
+    iterdir = Path.iterdir
+    monkeypatch.setattr(Path, "iterdir", lambda folder: looked.append(folder) or iterdir(folder))
+    first = VolumeCache(tmp_path / "cache", processor)
+    first.read(scans[0])
+    (entry,) = entries(first)
+    first.read(scans[1])
+    looked.clear()
+    for scan in scans[2:20]:
+        first.read(scan)
+    assert first.folder not in looked  # 100 GB of room for a few kB
+    bound = 60 * entry.stat().st_size
+    caches = [VolumeCache(first.folder, processor, max_gb=bound / 1e9) for _ in range(3)]
+    for number, scan in enumerate(scans[20:]):
+        caches[number % 3].read(scan)
+        assert total_size(first) <= bound
+    assert total_size(first) > 0.8 * bound
+
+
 def test_an_entry_larger_than_the_bound_is_not_stored(tmp_path):
     processor = CTMoEImageProcessor(size=14, patch_size=7)
     small, large = write_nifti(tmp_path / "small.nii", 2), write_nifti(tmp_path / "large.nii", 40)
