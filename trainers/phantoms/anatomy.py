@@ -35,6 +35,21 @@ _PHASE_HU = {
 }
 _AIR, _LUNG, _FAT, _MUSCLE, _BONE = -1000.0, -830.0, -100.0, 52.0, 240.0
 
+# What is large comes first: what is small then looks for a place that is left, and nothing covers it.
+_ORDER = (
+    "aneurysm",
+    "cardiomegaly",
+    "fracture",
+    "effusion",
+    "consolidation",
+    "emphysema",
+    "nodule",
+    "ascites",
+    "liver lesion",
+    "renal stone",
+)
+_GAP = 12.0  # mm along the body axis between lesions of one kind: no slice shows two of them
+
 
 def draw_phantom(seed: int, split: str = "train", findings: tuple[str, ...] | None = None) -> Phantom:
     """Draw one scan of chest and upper abdomen.
@@ -56,7 +71,7 @@ def draw_phantom(seed: int, split: str = "train", findings: tuple[str, ...] | No
     plan = plan_phantom(rng, split, findings)
     scene = _Scene(rng, plan)
     scene.draw_anatomy()
-    for name in FINDINGS:
+    for name in _ORDER:
         if name in plan["lesions"]:
             getattr(scene, f"draw_{name.replace(' ', '_')}")(plan["lesions"][name])
     return scene.finish()
@@ -77,6 +92,8 @@ class _Scene:
         shift = rng.uniform(-12, 12, 2)  # of the table and the patient on it
         self.axes += [pixel * (np.arange(matrix, dtype=np.float32) - (matrix - 1) / 2) + s for s in shift]
         self.hu = np.full((depth, matrix, matrix), _AIR, dtype=np.float32)
+        self.owner = np.zeros(self.hu.shape, dtype=np.uint8)  # number of the lesion that a voxel shows; 0: none
+        self.claims: list[tuple[Lesion, list]] = []  # and the boxes of that lesion
         self.half_width, self.half_depth = rng.uniform(148, 172), rng.uniform(100, 116)
         self.fat = rng.uniform(8, 22)
         self.aorta_radius = rng.uniform(11, 14)
@@ -85,7 +102,6 @@ class _Scene:
         self.blood, self.chamber, self.liver, self.spleen, self.kidney, self.pelvis = (
             value + rng.uniform(-6, 6) for value in _PHASE_HU[plan["phase"]]
         )
-        self.findings: list[Finding] = []
         self.organ_areas: dict[str, list[float]] = {}
 
     # Geometry ---------------------------------------------------------------------------------------------------
@@ -118,14 +134,46 @@ class _Scene:
         areas[box[0]] = mask.sum((1, 2)) * self.spacing[1] * self.spacing[2]
         return areas
 
-    def record(self, name: str, lesions: list[tuple[Lesion, np.ndarray]]) -> None:
-        """Keep lesions with what is measured on the grid."""
-        for lesion, areas in lesions:
-            inside = np.flatnonzero(areas)
-            lesion.num_slices = len(inside)
-            lesion.extent_mm = round(len(inside) * self.spacing[0], 1)
+    def claim(self, lesion: Lesion, *shapes: tuple[tuple[slice, ...], np.ndarray]) -> None:
+        """These voxels show this lesion, unless a later one covers them."""
+        self.claims.append((lesion, [box for box, _ in shapes]))
+        for box, mask in shapes:
+            self.owner[box][mask] = len(self.claims)
+
+    def measure(self) -> None:
+        """Extents and areas of all lesions, from the voxels that show them in the end."""
+        for number, (lesion, boxes) in enumerate(self.claims, 1):
+            areas = sum(self.areas(box, self.owner[box] == number) for box in boxes)
+            lesion.num_slices = int(np.count_nonzero(areas))
+            lesion.extent_mm = round(lesion.num_slices * self.spacing[0], 1)
             lesion.slice_areas = [round(float(area), 1) for area in areas]
-        self.findings.append(Finding(name, [lesion for lesion, _ in lesions]))
+
+    def at(self, points: np.ndarray, box: tuple[slice, ...], values: np.ndarray) -> np.ndarray:
+        """The values, of a box, at points (..., 3)."""
+        index = []
+        for axis, part, step, length, place in zip(
+            self.axes, box, self.spacing, values.shape, np.moveaxis(points, -1, 0)
+        ):
+            index.append(np.clip(np.rint((place - axis[part.start]) / step).astype(int), 0, length - 1))
+        return values[tuple(index)]
+
+    def spread(self, lesions: list[Lesion], choices: list[np.ndarray]) -> None:
+        """Give every lesion one of its centres, each in slices of its own; with little room, as far apart as it goes.
+
+        All are drawn again together until they fit: were one left out, a large lesion would tell that it is alone.
+        """
+        picks = np.stack([rows[self.rng.integers(len(rows), size=400)] for rows in choices], axis=1)
+        radii = np.array([lesion.size_mm / 2 for lesion in lesions])
+        along, across = np.full(len(picks), np.inf), np.full(len(picks), np.inf)
+        for i in range(len(lesions)):
+            for j in range(i):
+                away = picks[:, i] - picks[:, j]
+                along = np.minimum(along, np.abs(away[:, 0]) - radii[i] - radii[j])
+                across = np.minimum(across, np.linalg.norm(away, axis=1) - radii[i] - radii[j])
+        fits = along > _GAP
+        best = fits.argmax() if fits.any() else np.where(across > 3, along, across - 1000).argmax()
+        for lesion, centre in zip(lesions, picks[best]):
+            lesion.centre = tuple(round(float(c), 1) for c in centre)
 
     # Anatomy ----------------------------------------------------------------------------------------------------
 
@@ -169,7 +217,7 @@ class _Scene:
         for box, mask in masks:
             mask &= self._inside_cavity(box)
             self.paint((box, mask), self.liver)
-        self._organ("liver", masks)
+        self.liver_mask = self._organ("liver", masks)
         self.spleen_place = (-38, 0.3 * depth, 0.72 * width), (46, 30, 0.2 * width)
         self._organ("spleen", [self.ellipsoid(*self.spleen_place)], self.spleen)
         self.kidneys = {side: (-112.0 + rng.uniform(-8, 8), 0.52 * depth, s * 62) for side, s in _SIGNS.items()}
@@ -253,17 +301,16 @@ class _Scene:
         for sign in _SIGNS.values():
             self._tube(np.array([95, 6, 0]), np.array([68, 10, sign * 34]), 6, _AIR)
 
-    def _draw_aorta(self, radii: np.ndarray, top: float) -> np.ndarray:
-        """Descending aorta of this radius in every slice; returns its mask's areas."""
+    def _draw_aorta(self, radii: np.ndarray, top: float) -> tuple[tuple[slice, ...], np.ndarray]:
+        """Descending aorta of this radius in every slice; returns its box and mask."""
         y0, x0 = self.aorta
         reach = float(radii.max())
         box = self.box((-np.inf, top), (y0 - reach, y0 + reach), (x0 - reach, x0 + reach))
         _, y, x = self.grid(box)
         mask = (y - y0) ** 2 + (x - x0) ** 2 <= radii[box[0]][:, None, None] ** 2
         self.paint((box, mask), self.blood)
-        areas = self.areas(box, mask)
-        self.organ_areas["aorta"] = [round(float(area), 1) for area in areas]
-        return areas
+        self.organ_areas["aorta"] = [round(float(area), 1) for area in self.areas(box, mask)]
+        return box, mask
 
     def draw_bones(self) -> None:
         depth, width = self.inner
@@ -288,7 +335,7 @@ class _Scene:
         self.paint((box, shell & (np.mod(z + 0.35 * y + 200, 26) < 9)), 430)
         self.paint(self.ellipsoid((100, -depth - 6, 0), (80, 5, 16)), 300)  # sternum
 
-    def _organ(self, name: str, shapes, hu: float | None = None) -> None:
+    def _organ(self, name: str, shapes, hu: float | None = None) -> np.ndarray:
         drawn = np.zeros(self.hu.shape, dtype=bool)  # lobes of the liver overlap
         for box, mask in shapes:
             if hu is not None:
@@ -296,6 +343,7 @@ class _Scene:
             drawn[box] |= mask
         areas = self.areas((slice(None),) * 3, drawn)
         self.organ_areas[name] = [round(float(area), 1) for area in areas]
+        return drawn
 
     def _inside_cavity(self, box) -> np.ndarray:
         depth, width = self.inner
@@ -326,7 +374,7 @@ class _Scene:
         }[name]
         half = min(height / 2, (high - low) / 2 - 1)
         z = self.rng.uniform(low + min(half, 30), high - min(half, 30))
-        x = sign * self.rng.uniform(0.40 if name != "middle" else 0.62, 0.68) * width
+        x = sign * self.rng.uniform(*((0.62, 0.78) if name == "middle" else (0.40, 0.68))) * width
         reach = max(0.6 * depth - margin, 4)
         y = {
             "upper": self.rng.uniform(-0.6, 0.6) * reach,
@@ -336,36 +384,40 @@ class _Scene:
         return float(z), float(y), float(x)
 
     def draw_nodule(self, lesions: list[Lesion]) -> None:
-        placed: list[tuple[Lesion, np.ndarray]] = []
+        choices = []
         for lesion in lesions:
             radius = lesion.size_mm / 2
-            for _ in range(200):
-                centre = self._lobe_point(lesion.place, radius, lesion.size_mm)
-                if all(abs(centre[0] - other.centre[0]) > radius + other.size_mm / 2 + 12 for other, _ in placed):
-                    break
-            else:
-                continue  # no room between the others: one fewer
-            lesion.centre = tuple(round(c, 1) for c in centre)
-            box, mask = self.ellipsoid(centre, (radius,) * 3)
-            self.paint((box, mask), lesion.hu)
-            placed.append((lesion, self.areas(box, mask)))
-        self.record("nodule", placed)
+            box, lung = self.lungs[lesion.side]
+            air = lung & (self.hu[box] < -600)
+            centres = np.array([self._lobe_point(lesion.place, radius, lesion.size_mm) for _ in range(120)])
+            within = self.at(centres[:, None] + radius * _SPHERE, box, lung).all(1)
+            shown = within * self.at(centres[:, None] + (radius + 4) * _BALL, box, air).mean(1)
+            # Air around it, but for vessels; with none such, the place where it is seen best.
+            choices.append(centres[shown >= min(0.88, shown.max())])
+        self.spread(lesions, choices)
+        for lesion in lesions:
+            shape = self.ellipsoid(lesion.centre, (lesion.size_mm / 2,) * 3)
+            self.paint(shape, lesion.hu)
+            self.claim(lesion, shape)
 
     def draw_effusion(self, lesions: list[Lesion]) -> None:
         lesion = lesions[0]
         depth, _ = self.inner
-        areas = np.zeros(len(self.axes[0]))
+        shapes = []
         for side in ("left", "right") if lesion.side == "both" else (lesion.side,):
             box, lung = self.lungs[side]
             z, y, _ = self.grid(box)
             floor = float(z[lung.any((1, 2))].min())
             height = (z - floor) / lesion.extent_mm
-            mask = lung & (height <= 1) & (y > (-0.05 + 0.75 * height) * depth)
+            # Level and tilt are any: else the level in one slice would tell how far the fluid reaches.
+            level = self.rng.uniform(-0.25, 0.3)
+            tilt = self.rng.uniform(0.15, min(0.7, 0.75 - level))
+            mask = lung & (height <= 1) & (y > (level + tilt * height) * depth)
             mask &= self.hu[box] < -300  # never over the heart
             self.paint((box, mask), lesion.hu)
-            areas += self.areas(box, mask)
+            shapes.append((box, mask))
         lesion.centre = (round(floor + lesion.extent_mm / 2, 1), round(0.6 * depth, 1), 0.0)
-        self.record("effusion", [(lesion, areas)])
+        self.claim(lesion, *shapes)
 
     def draw_consolidation(self, lesions: list[Lesion]) -> None:
         lesion = lesions[0]
@@ -380,13 +432,13 @@ class _Scene:
         bronchi = mask & (np.mod(y + 0.4 * x, 17) < 2.5) & (np.mod(x, 13) < 3.5)
         self.paint((box, bronchi), -700)
         lesion.centre = (round(z0, 1), round(y0, 1), round(x0, 1))
-        self.record("consolidation", [(lesion, self.areas(box, mask))])
+        self.claim(lesion, (box, mask))
 
     def draw_emphysema(self, lesions: list[Lesion]) -> None:
         lesion = lesions[0]
         rng, (depth, width) = self.rng, self.inner
         low, high = {"upper lobes": (105, 200), "lower lobes": (-30, 85), "both lungs": (-30, 200)}[lesion.place]
-        areas = np.zeros(len(self.axes[0]))
+        shapes = []
         for side, sign in _SIGNS.items():
             box, lung = self.lungs[side]
             drawn = np.zeros_like(lung)
@@ -402,67 +454,76 @@ class _Scene:
                 mask &= self._crop((box, region), bubble)
                 self.paint((bubble, mask), lesion.hu)
                 drawn |= self._crop((bubble, mask), box)  # bubbles overlap
-            areas += self.areas(box, drawn)
+            shapes.append((box, drawn))
         lesion.centre = ((low + high) / 2, 0.0, 0.0)
-        self.record("emphysema", [(lesion, areas)])
+        self.claim(lesion, *shapes)
 
     def draw_cardiomegaly(self, lesions: list[Lesion]) -> None:
         box, mask = self.heart
         lesions[0].size_mm = round(2 * self.heart_ratio * self.inner[1], 1)
         lesions[0].hu = round(self.chamber, 1)
         lesions[0].centre = (38.0, 0.0, 0.0)
-        self.record("cardiomegaly", [(lesions[0], self.areas(box, mask))])
+        ventricle = np.abs(self.hu[box] - self.chamber - 12) < 0.01
+        self.claim(lesions[0], (box, mask & (ventricle | (np.abs(self.hu[box] - self.chamber) < 0.01))))
 
     def draw_aneurysm(self, lesions: list[Lesion]) -> None:
         lesion = lesions[0]
-        length = lesion.extent_mm
-        low, high = (5, self.aorta_top - 12) if lesion.place == "thoracic aorta" else (self.axes[0][0] + 8, -15)
-        length = lesion.extent_mm = min(length, high - low)
-        start = self.rng.uniform(low, high - length)
+        low, high = self.axes[0][0] + 8, self.aorta_top - 12
+        if lesion.place == "thoracic aorta":
+            low = 5
+        if lesion.place == "abdominal aorta":
+            high = -15
+        length = lesion.extent_mm = min(lesion.extent_mm, high - low)
+        first, last = low, high - length
+        if lesion.place.startswith("both"):  # plainly in each part
+            first, last = max(low, 5 + 35 - length), min(-15 - 35, high - length)
+        start = self.rng.uniform(first, last)
+        # Where it is hardly wider than the aorta beside it there is no aneurysm: that part of its shape is cut off.
+        shape = np.linspace(0, 1, 201)
+        shown = shape[lesion.size_mm / 2 * _widening(shape, lesion.growth) > 1.1 * self.aorta_radius]
         position = (self.axes[0] - start) / length
-        widened = lesion.size_mm / 2 * _widening(position, lesion.growth)
-        # Where it is hardly wider than the aorta beside it there is no aneurysm.
-        inside = (position >= 0) & (position <= 1) & (widened > 1.1 * self.aorta_radius)
+        inside = (position >= 0) & (position <= 1)
+        widened = lesion.size_mm / 2 * _widening(shown[0] + position * (shown[-1] - shown[0]), lesion.growth)
         radii = np.where(inside, widened, self.aorta_radius).astype(np.float32)
-        areas = np.where(inside, self._draw_aorta(radii, self.aorta_top), 0)
+        box, mask = self._draw_aorta(radii, self.aorta_top)
         lesion.hu = round(self.blood, 1)
         lesion.centre = (round(start + length / 2, 1), self.aorta[0], self.aorta[1])
-        self.record("aneurysm", [(lesion, areas)])
+        self.claim(lesion, (box, mask & inside[box[0]][:, None, None]))
 
     def draw_liver_lesion(self, lesions: list[Lesion]) -> None:
-        placed: list[tuple[Lesion, np.ndarray]] = []
+        choices = []
+        box = self.box((-130, 30), *((-reach, reach) for reach in self.inner))
+        free = self.liver_mask[box] & (np.abs(self.hu[box] - self.liver) < 1)  # not under kidney, lung, heart or fluid
         for lesion in lesions:
+            middle, radii = (np.array(values) for values in self.liver_lobes[lesion.side])
+            centres = middle + self.rng.uniform(-0.9, 0.9, (600, 3)) * (radii - lesion.size_mm / 2)
+            # On its own side of both, the middle of the body and the border of the lobes.
+            centres = centres[_SIGNS[lesion.side] * centres[:, 2] > 0.5 * lesion.size_mm * (lesion.side == "right")]
             radius = lesion.size_mm / 2
-            (cz, cy, cx), radii = self.liver_lobes[lesion.side]
-            for _ in range(200):
-                # 0.55 of the lobe's half axes less the lesion's: it stays inside.
-                room = np.maximum(np.array(radii) - radius - 4, 2) * [0.72, 0.5, 0.5]
-                offset = self.rng.uniform(-1, 1, 3) * room
-                if lesion.side == "left":
-                    offset[2] = abs(offset[2])  # away from the right lobe
-                centre = (cz + offset[0], cy + offset[1], cx + offset[2])
-                if any(abs(centre[0] - other.centre[0]) <= radius + other.size_mm / 2 + 12 for other, _ in placed):
-                    continue
-                box, mask = self.ellipsoid(centre, (radius,) * 3)
-                if (np.abs(self.hu[box] - self.liver) < 1)[mask].all():  # not under kidney, lung or heart
-                    break
-            else:
-                continue
-            lesion.centre = tuple(round(float(c), 1) for c in centre)
+            within = self.at(centres[:, None] + radius * _BALL, box, free).mean(1)
+            within += self.at(centres[:, None] + (radius + 2) * _SPHERE, box, free).mean(1)
+            choices.append(centres[within >= within.max()])
+        self.spread(lesions, choices)
+        for lesion in lesions:
+            shape = self.ellipsoid(lesion.centre, (lesion.size_mm / 2,) * 3)
             lesion.hu = round(self.liver + lesion.hu, 1)
-            self.paint((box, mask), lesion.hu)
-            placed.append((lesion, self.areas(box, mask)))
-        self.record("liver lesion", placed)
+            self.paint(shape, lesion.hu)
+            self.claim(lesion, shape)
 
     def draw_renal_stone(self, lesions: list[Lesion]) -> None:
-        lesion = lesions[0]
-        z, y, x = self.kidneys[lesion.side]
-        radius = lesion.size_mm / 2
-        centre = (z + self.rng.uniform(-22, 22), y + self.rng.uniform(-6, 6), x + self.rng.uniform(-7, 7))
-        box, mask = self.ellipsoid(centre, (max(radius, self.spacing[0] * 0.6), radius, radius))
-        self.paint((box, mask), lesion.hu)
-        lesion.centre = tuple(round(float(c), 1) for c in centre)
-        self.record("renal stone", [(lesion, self.areas(box, mask))])
+        for lesion in lesions:
+            z, y, x = self.kidneys[lesion.side]
+            radius = lesion.size_mm / 2
+            for _ in range(50):
+                centre = (z + self.rng.uniform(-22, 22), y + self.rng.uniform(-6, 6), x + self.rng.uniform(-7, 7))
+                box, mask = self.ellipsoid(centre, (max(radius, self.spacing[0] * 0.6), radius, radius))
+                below = self.hu[box][mask]
+                # Cortex, fat or pelvis of the kidney, not a wide aorta beside it.
+                if np.any([np.abs(below - hu) < 0.01 for hu in (self.kidney, -40, self.pelvis)], axis=0).all():
+                    break
+            self.paint((box, mask), lesion.hu)
+            lesion.centre = tuple(round(float(c), 1) for c in centre)
+            self.claim(lesion, (box, mask))
 
     def draw_ascites(self, lesions: list[Lesion]) -> None:
         lesion = lesions[0]
@@ -477,12 +538,14 @@ class _Scene:
         organ = np.abs(self.hu[box] - self.liver) < 1
         mask &= fat | organ  # around bowel, spleen and kidneys; the liver draws back
         self.paint((box, mask), lesion.hu)
-        areas = self.areas(box, mask)
         lesion.centre = (-120.0, 0.0, 0.0)
-        self.record("ascites", [(lesion, areas)])
+        self.claim(lesion, (box, mask))
 
     def draw_fracture(self, lesions: list[Lesion]) -> None:
-        lesion = lesions[0]
+        for lesion in lesions:
+            self._draw_fractured_vertebra(lesion)
+
+    def _draw_fractured_vertebra(self, lesion: Lesion) -> None:
         period = self.body_height + 5
         low, high = (8, 190) if lesion.place == "thoracic spine" else (self.axes[0][0] + period, -18)
         bottoms = np.arange(-20, 20) * period - self.spine_offset
@@ -495,19 +558,22 @@ class _Scene:
         haematoma = (y - self.spine_y) ** 2 + x**2 <= 36**2  # beside the vertebra, in fat and lung
         self.paint((box, haematoma & (self.hu[box] < 0)), 65)
         self.paint((box, np.broadcast_to(outline <= 1, self.hu[box].shape)), 85)
+        self.owner[box][np.broadcast_to(outline <= 1, self.hu[box].shape)] = 0  # of a wide aorta
         bulge = ((y - self.spine_y + 2) / 22) ** 2 + (x / 26) ** 2 <= 1
         mask = bulge & (z >= bottom) & (z < bottom + height) & (y < self.spine_y + 19)
         if not mask.any():  # thinner than a slice
             mask = bulge & (np.abs(z - bottom - height / 2) <= self.spacing[0])
         self.paint((box, mask), lesion.hu)
         lesion.centre = (round(bottom + height / 2, 1), self.spine_y, 0.0)
-        self.record("fracture", [(lesion, self.areas(box, mask))])
+        self.claim(lesion, (box, mask))
 
     def finish(self) -> Phantom:
         noise = self.rng.standard_normal(self.hu.shape, dtype=np.float32)
         self.hu += self.plan["acquisition"]["noise"] * noise
         phase = self.plan["phase"]
-        findings = [finding for finding in self.findings if finding.lesions]
+        self.measure()
+        lesions = self.plan["lesions"]
+        findings = [Finding(name, lesions[name]) for name in FINDINGS if name in lesions]
         return Phantom(
             hu=np.clip(np.rint(self.hu), -1024, 3071).astype(np.int16),
             spacing=tuple(round(step, 6) for step in self.spacing),
@@ -521,6 +587,17 @@ class _Scene:
 
 
 _SIGNS = {"left": 1, "right": -1}
+
+
+def _on_sphere(number: int) -> np.ndarray:
+    """Points spread evenly over the unit sphere, along a golden spiral."""
+    z = 1 - (2 * np.arange(number) + 1) / number
+    angle = np.pi * (3 - 5**0.5) * np.arange(number)
+    return np.stack([z, *(np.sqrt(1 - z**2) * turn(angle) for turn in (np.cos, np.sin))], axis=1)
+
+
+_SPHERE = _on_sphere(48)
+_BALL = _on_sphere(80) * np.mod(np.arange(80) * 0.618, 1)[:, None] ** (1 / 3)
 
 
 def _widening(position: np.ndarray, growth: str) -> np.ndarray:

@@ -54,20 +54,22 @@ def plan_phantom(rng: np.random.Generator, split: str, wanted: tuple[str, ...] |
         "noise": float(rng.uniform(22, 28) if new else rng.uniform(8, 20)),
         "unseen": bool(new),
     }
-    lesions = {}
-    for name in names:
-        for _ in range(100):
-            drawn = _lesions(rng, name)
-            if combination and name == combination[0]:
-                drawn = drawn[:1]
-                drawn[0] = _with_attribute(name, drawn[0], combination[1], combination[2])
-            met = any(is_held_out(name, lesion, phase) for lesion in drawn)
-            if met == bool(combination and name == combination[0]):
-                break
-            if split == "test" and not combination and met:
-                break
-        lesions[name] = drawn
-    return {"phase": phase, "acquisition": acquisition, "lesions": lesions}
+    # How many there are must not depend on who fits beside whom, so it is settled before anything is drawn again.
+    counts = {name: int(rng.choice([1, 1, 2, 3, 3])) for name in ("nodule", "liver lesion")}
+    for _ in range(5000):
+        lesions = {name: _lesions(rng, name, counts.get(name, 1)) for name in names}
+        others = lesions
+        if combination:
+            name, attribute, value, _ = combination
+            alone = lesions[name][int(rng.integers(len(lesions[name])))]  # any, not the largest
+            if alone.place.startswith("both"):
+                continue  # longer than an aneurysm of one part
+            lesions[name] = [_with_attribute(name, alone, attribute, value)]
+            others = {other: lesions[other] for other in names if other != name}
+        met = any(is_held_out(name, lesion, phase) for name in others for lesion in others[name])
+        if _have_room(lesions) and not (met and (combination or split != "test")):
+            return {"phase": phase, "acquisition": acquisition, "lesions": lesions}
+    raise RuntimeError(f"no plan for {names} in the {phase} phase")  # the tests try all findings together
 
 
 def is_held_out(name: str, lesion: Lesion, phase: str) -> bool:
@@ -88,17 +90,42 @@ def _with_attribute(name: str, lesion: Lesion, attribute: str, value: str) -> Le
     return lesion
 
 
-def _lesions(rng: np.random.Generator, name: str) -> list[Lesion]:
-    """Attributes of the lesions of one finding, as they are to be drawn."""
+def _have_room(lesions: dict[str, list[Lesion]]) -> bool:
+    """Whether every lesion can be seen beside the others.
+
+    Nodules lie in slices of their own: upper lobes have room for two, and so have lower lobes and the middle one; the
+    left lobe of the liver is small. A nodule inside of a consolidation, and either below an effusion that fills the
+    lower lobe, would be hidden.
+    """
+    livers = [lesion.side for lesion in lesions.get("liver lesion", ())]
+    if len(livers) > 2 and livers.count("left") > 1:
+        return False
+    nodules = [lesion.place for lesion in lesions.get("nodule", ())]
+    upper = sum("upper" in place for place in nodules)
+    if upper > 2 or len(nodules) - upper > 2 or nodules.count("right middle lobe") > 1:
+        return False
+    consolidated = [lesion.place for lesion in lesions.get("consolidation", ())]
+    if set(nodules) & set(consolidated):
+        return False
+    soaked = {
+        f"{side} lower lobe"
+        for lesion in lesions.get("effusion", ())
+        for side in ("left", "right")
+        if lesion.amount != "small" and lesion.side in (side, "both")
+    }
+    return not soaked & {*nodules, *consolidated}
+
+
+def _lesions(rng: np.random.Generator, name: str, count: int) -> list[Lesion]:
+    """Attributes of the lesions of one finding, as they are to be drawn; so many nodules or liver lesions."""
 
     def side():
         return str(rng.choice(["left", "right"]))
 
     if name == "nodule":
-        count = int(rng.choice([1, 1, 2, 3, 3]))
         places = [str(rng.choice(LOBES)) for _ in range(count)]
-        largest = 32 if count < 3 else 20  # three must have room, one above the other
-        sizes = sorted((rng.integers(5, largest // 2 + 1) * 2 for _ in range(count)), reverse=True)
+        # The same sizes whatever their number: else the size of one would tell how many there are.
+        sizes = sorted((rng.integers(5, 12) * 2 for _ in range(count)), reverse=True)
         return [
             Lesion(side=place.split()[0], place=place, size_mm=float(size), hu=float(rng.uniform(20, 90)))
             for place, size in zip(places, sizes)
@@ -127,30 +154,37 @@ def _lesions(rng: np.random.Generator, name: str) -> list[Lesion]:
     if name == "cardiomegaly":
         return [Lesion(place="heart", size_mm=float(rng.uniform(0.56, 0.66)))]  # a ratio, until the chest is known
     if name == "aneurysm":
+        place = "both parts of the aorta"
+        if rng.random() >= 0.25:
+            place = str(rng.choice(["thoracic aorta", "abdominal aorta"]))
         return [
             Lesion(
-                place=str(rng.choice(["thoracic aorta", "abdominal aorta"])),
+                place=place,
                 size_mm=float(rng.integers(23, 36) * 2),
-                extent_mm=float(rng.uniform(50, 140)),
+                extent_mm=float(rng.uniform(*((120, 200) if place.startswith("both") else (30, 140)))),
                 growth=str(rng.choice(GROWTHS)),
             )
         ]
     if name == "liver lesion":
-        count = int(rng.choice([1, 1, 2, 3, 3]))
-        largest = (46, 24, 16)[count - 1]
-        lesions = []
-        for _ in range(count):
-            which = side()
-            size = min(float(rng.integers(8, largest // 2 + 1) * 2), 26 if which == "left" else 60)
-            place = f"{which} lobe of the liver"
-            lesions.append(Lesion(side=which, place=place, size_mm=size, hu=-float(rng.uniform(60, 90))))
-        return sorted(lesions, key=lambda lesion: -lesion.size_mm)
+        sizes = sorted((rng.integers(8, 14) * 2 for _ in range(count)), reverse=True)
+        sides = [side() for _ in sizes]
+        return [
+            Lesion(side=which, place=f"{which} lobe of the liver", size_mm=float(size), hu=-float(rng.uniform(60, 90)))
+            for which, size in zip(sides, sizes)
+        ]
     if name == "renal stone":
-        which = side()
-        size = float(rng.integers(8, 17))
-        return [Lesion(side=which, place=f"{which} kidney", size_mm=size, hu=float(rng.uniform(700, 1400)))]
+        sides = ["left", "right"] if rng.random() < 0.25 else [side()]
+        rng.shuffle(sides)
+        sizes = sorted((float(rng.integers(8, 17)) for _ in sides), reverse=True)
+        return [
+            Lesion(side=which, place=f"{which} kidney", size_mm=size, hu=float(rng.uniform(700, 1400)))
+            for which, size in zip(sides, sizes)
+        ]
     if name == "ascites":
         amount = str(rng.choice(["small", "moderate", "large"]))
         return [Lesion(place="peritoneum", amount=amount, hu=float(rng.uniform(2, 18)))]
-    loss = int(rng.choice([30, 40, 50, 60]))
-    return [Lesion(place=str(rng.choice(["thoracic spine", "lumbar spine"])), height_loss=loss, hu=430.0)]
+    places = ["thoracic spine", "lumbar spine"]
+    rng.shuffle(places)
+    places = places[: 2 if rng.random() < 0.25 else 1]
+    losses = sorted((int(rng.choice([30, 40, 50, 60])) for _ in places), reverse=True)
+    return [Lesion(place=place, height_loss=loss, hu=430.0) for place, loss in zip(places, losses)]

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from .labels import FINDINGS, PHASES
-from .texts import NUMBERS, PLACES, SIDED
+from .texts import BOTH, NUMBERS, PLACES, SIDED
 
 
 # A number is right within this many mm. Extents cannot be told more finely than the slabs (18 mm in the demo model).
@@ -113,7 +113,8 @@ def score_reports(labels: Sequence[dict], texts: Sequence[str]) -> dict:
     Returns:
         `macro_f1` over `FINDINGS`; `micro_f1`; per finding `precision`, `recall`, `f1`, `support`; `side_errors` and
         `place_errors` (share of the findings rightly named whose side or place is wrong or missing), `size_error_mm`
-        (mean absolute error where a size is told), with the numbers they are shares and means of.
+        (mean absolute error where a size is told) and `extent_error_mm` likewise, with the numbers they are shares and
+        means of: `sides`, `places`, `sizes`, `extents`. Nodules in several lobes have no one place.
     """
     truths = [{finding["name"]: finding["lesions"] for finding in scan["findings"]} for scan in labels]
     parsed = [parse_report(text) for text in texts]
@@ -130,16 +131,19 @@ def score_reports(labels: Sequence[dict], texts: Sequence[str]) -> dict:
             "f1": f1_score(hits, said_count, support),
             "support": support,
         }
-    sides, places, sizes = [], [], []
+    sides, places, sizes, extents = [], [], [], []
     for truth, said in zip(truths, parsed):
         for name in (name for name in FINDINGS if name in truth and name in said):
             lesion = truth[name][0]
-            if lesion["side"] is not None and name in SIDED and len({other["side"] for other in truth[name]}) == 1:
-                sides.append(said[name].side != lesion["side"])
-            if name in _PLACED and len({other["place"] for other in truth[name]}) == 1:
-                places.append(said[name].place != lesion["place"])
+            side, place = _where(name, truth[name])
+            if side is not None and name in SIDED:
+                sides.append(said[name].side != side)
+            if place is not None and name in _PLACED:
+                places.append(said[name].place != place)
             if name in _SIZED and said[name].size_mm is not None:
                 sizes.append(abs(said[name].size_mm - lesion["size_mm"]))
+            if name in _EXTENDED and said[name].extent_mm is not None and lesion["extent_mm"] is not None:
+                extents.append(abs(said[name].extent_mm - lesion["extent_mm"]))
     return {
         "macro_f1": float(np.mean([scores["f1"] for scores in per_finding.values()])),
         "micro_f1": f1_score(*totals),
@@ -150,7 +154,17 @@ def score_reports(labels: Sequence[dict], texts: Sequence[str]) -> dict:
         "places": len(places),
         "size_error_mm": float(np.mean(sizes)) if sizes else None,
         "sizes": len(sizes),
+        "extent_error_mm": float(np.mean(extents)) if extents else None,
+        "extents": len(extents),
     }
+
+
+def _where(name: str, lesions: list[dict]) -> tuple[str | None, str | None]:
+    """Side and place that a report has to give; `None` where lesions differ and it has no one word for them."""
+    sides, places = ({lesion[part] for lesion in lesions} for part in ("side", "place"))
+    if name in BOTH and len(places) == 2:
+        return "both", BOTH[name]
+    return (sides.pop() if len(sides) == 1 else None), (places.pop() if len(places) == 1 else None)
 
 
 def f1_score(hits: float, said: float, support: float) -> float:
@@ -173,10 +187,12 @@ _NOUNS = {
 _NEGATION = re.compile(r"\b(?:no|not|without|absent|free of|neither)\b")
 
 _PLACED = ("nodule", "consolidation", "emphysema", "aneurysm", "liver lesion", "renal stone", "fracture")
+_EXTENDED = ("effusion", "consolidation", "aneurysm")
 _SIZED = ("nodule", "aneurysm", "liver lesion", "renal stone", "cardiomegaly")
 _PLACE = re.compile(
     r"\b(?:(?:left|right) (?:upper|middle|lower) lobe|(?:left|right) lobe of the liver|(?:upper|lower) lobes"
-    r"|both lungs|(?:thoracic|abdominal) aorta|(?:left|right) kidney|(?:thoracic|lumbar) spine)\b"
+    r"|both lungs|(?:thoracic|abdominal) aorta|(?:left|right) kidney|(?:thoracic|lumbar) spine"
+    r"|both kidneys|both lobes of the liver|both parts of the (?:aorta|spine))\b"
 )
 _EXTENT = re.compile(r"\bextent (?:of )?(\d+(?:\.\d+)?) mm")
 _SIZE = re.compile(r"(\d+(?:\.\d+)?) mm")

@@ -56,7 +56,7 @@ GROWTH_TEXTS = {
     "constant": "nowhere",
 }
 GROWING = ("consolidation", "aneurysm")  # may widen in one direction
-LEVELLED = ("nodule", "fracture")  # of which a single one is told by its level in the scanned range
+LEVELLED = ("fracture",)  # of which a single one is asked for by its level: no nodule lies in the lowest quarter
 PLANES = ("axial", "sagittal", "coronal", "oblique")
 
 
@@ -81,11 +81,13 @@ def report_text(labels: dict, rng: np.random.Generator, split: str = "train") ->
     absent: list[str] = []
     for name in FINDINGS:
         if name in found:
-            sentences.append(say(_PRESENT[name], **_values(name, found[name])))
+            wordings = _SEVERAL if name in _SEVERAL and len(found[name]) > 1 else _PRESENT
+            sentences.append(say(wordings[name], **_values(name, found[name])))
             lesion = found[name][0]
             if name in GROWING and lesion["growth"] == _measured_growth(lesion["slice_areas"]):
                 sentences.append(say(_GROWTH, direction=GROWTH_TEXTS[lesion["growth"]]))
-            if name in LEVELLED and len(found[name]) == 1 and (level := scan_level(lesion["slice_areas"])):
+            levelled = name in ("nodule", *LEVELLED) and len(found[name]) == 1
+            if levelled and (level := scan_level(lesion["slice_areas"])):
                 sentences.append(say(_LEVEL, level=level))
         else:
             absent.append(name)
@@ -95,7 +97,7 @@ def report_text(labels: dict, rng: np.random.Generator, split: str = "train") ->
             sentences.append(say(_ABSENT, finding=_listed([_NOUNS[name] for name in missing], "or")))
     if found:
         listed = _listed([_with_place(name, found[name]) for name in FINDINGS if name in found], "and")
-        impression = listed[0].upper() + listed[1:] + "."
+        impression = say(_IMPRESSION, listed=listed)
     else:
         impression = say(_NORMAL)
     return f"Findings: {' '.join(sentences)}\nImpression: {impression}"
@@ -140,8 +142,11 @@ def questions(labels: dict, rng: np.random.Generator, split: str = "train") -> l
     abnormal = sorted({ORGANS[name] for name in found})
     normal = sorted(set(ORGANS.values()) - set(abnormal))
     if abnormal and len(normal) >= 3:
+        # One with several findings is seldom normal: chosen evenly, it would mostly be right where it is listed.
+        weights = np.array([0.72 ** -list(ORGANS.values()).count(organ) for organ in normal])
         for organ in abnormal:
-            ask("organ", "organ", organ, [organ, *rng.choice(normal, 3, replace=False)])
+            wrong = rng.choice(normal, 3, replace=False, p=weights / weights.sum())
+            ask("organ", "organ", organ, [organ, *wrong])
     absent = [name for name in FINDINGS if name not in found]
     if len(absent) >= 3:
         for name in found or ("no abnormality",):
@@ -419,7 +424,7 @@ def _values(name: str, lesions: list[dict]) -> dict:
         "number": NUMBERS[len(lesions)],
         "size": round(largest["size_mm"] or 0),
         "extent": round(largest["extent_mm"] / 10) * 10,
-        "place": _the(largest["place"]),
+        "place": _the(_place(name, lesions) if name in BOTH else largest["place"]),
         "side": {"both": "both sides"}.get(largest["side"], f"the {largest['side']} side"),
         "amount": largest["amount"],
         "loss": largest["height_loss"],
@@ -453,9 +458,7 @@ def _place(name: str, lesions: list[dict] | None) -> str | None:
     if name == "effusion":
         return {"both": "pleura of both sides"}.get(lesions[0]["side"], f"{lesions[0]['side']} pleura")
     places = {lesion["place"] for lesion in lesions}
-    if name == "liver lesion" and len(places) == 2:
-        return "both lobes of the liver"
-    return places.pop()
+    return BOTH[name] if len(places) == 2 else places.pop()
 
 
 _VISIBLE_MM2 = {"nodule": 20, "liver lesion": 40, "renal stone": 8}
@@ -479,21 +482,32 @@ _ARTICLES = {
     "renal stone": "a ",
     "fracture": "a ",
 }
-_PLURALS = {"nodule": "lung nodules", "liver lesion": "liver lesions"}
+_PLURALS = {
+    "nodule": "lung nodules",
+    "liver lesion": "liver lesions",
+    "renal stone": "renal stones",
+    "fracture": "vertebral fractures",
+}
+# Where lesions of one kind lie that are in two places.
+BOTH = {
+    "liver lesion": "both lobes of the liver",
+    "renal stone": "both kidneys",
+    "fracture": "both parts of the spine",
+}
 PLACES = {
     "nodule": LOBES,
     "consolidation": LOBES,
     "effusion": ("left pleura", "right pleura", "pleura of both sides", "neither"),
     "emphysema": ("upper lobes", "lower lobes", "both lungs", "neither"),
-    "aneurysm": ("thoracic aorta", "abdominal aorta", "aortic arch", "neither"),
+    "aneurysm": ("thoracic aorta", "abdominal aorta", "both parts of the aorta", "neither"),
     "liver lesion": (
         "left lobe of the liver",
         "right lobe of the liver",
-        "both lobes of the liver",
+        BOTH["liver lesion"],
         "neither",
     ),
-    "renal stone": ("left kidney", "right kidney", "both kidneys", "neither"),
-    "fracture": ("thoracic spine", "lumbar spine", "both parts of the spine", "neither"),
+    "renal stone": ("left kidney", "right kidney", BOTH["renal stone"], "neither"),
+    "fracture": ("thoracic spine", "lumbar spine", BOTH["fracture"], "neither"),
 }
 
 # (train and validation, test)
@@ -575,6 +589,33 @@ _PRESENT = {
         ("In {place} there is a vertebral fracture, {loss} % height loss.",),
     ),
 }
+# Of more than one, where that needs other words: they tell all the places, of which there may be two.
+_SEVERAL = {
+    "liver lesion": (
+        (
+            "{number} liver lesions in {place}, the largest of {size} mm.",
+            "There are liver lesions in {place}, the largest measures {size} mm.",
+            "The scan shows {number} liver lesions in {place}, the largest of {size} mm.",
+        ),
+        ("In {place} there are liver lesions, the largest of {size} mm.",),
+    ),
+    "renal stone": (
+        (
+            "Renal stones in {place}, the largest of {size} mm.",
+            "There are renal stones in {place}, the largest measures {size} mm.",
+            "The scan shows renal stones in {place}, the largest of {size} mm.",
+        ),
+        ("In {place} there are renal stones, the largest of {size} mm.",),
+    ),
+    "fracture": (
+        (
+            "Vertebral fractures in {place}, the largest with {loss} % height loss.",
+            "There are vertebral fractures in {place}, height loss of the largest {loss} %.",
+            "The scan shows vertebral fractures in {place}, the largest with {loss} % of height loss.",
+        ),
+        ("In {place} there are vertebral fractures, the largest of {loss} % height loss.",),
+    ),
+}
 # They follow the sentence of the finding that they are about.
 _GROWTH = (
     (
@@ -591,6 +632,10 @@ _LEVEL = (
 _ABSENT = (
     ("No {finding}.", "There is no {finding}.", "There is no sign of {finding}."),
     ("The scan shows no {finding}.",),
+)
+_IMPRESSION = (
+    ("{listed}.", "In summary, {listed}.", "The scan shows {listed}."),
+    ("In summary, the scan shows {listed}.", "It shows {listed}."),
 )
 _NORMAL = (("No abnormality.", "The scan shows no abnormality."), ("There is no abnormality.",))
 _QUESTIONS = {

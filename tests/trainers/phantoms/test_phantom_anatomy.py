@@ -22,6 +22,7 @@ from drawn_phantom import coarse, drawn_phantom
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from ct_moe.trainers.phantoms import anatomy
 from ct_moe.trainers.phantoms.anatomy import draw_phantom
 from ct_moe.trainers.phantoms.labels import FINDINGS, LOBES, PHASES
 from ct_moe.trainers.phantoms.plan import HELD_OUT, plan_phantom
@@ -86,7 +87,7 @@ def test_each_finding_can_be_drawn_alone_and_its_areas_are_those_of_its_voxels(n
         assert len(areas) == drawn.phantom.hu.shape[0]
         assert lesion.num_slices == np.count_nonzero(areas) > 0
         assert lesion.extent_mm == pytest.approx(lesion.num_slices * drawn.phantom.spacing[0])
-        if name not in ("nodule", "liver lesion"):
+        if name not in ("nodule", "liver lesion", "renal stone", "fracture"):
             assert len(finding.lesions) == 1
     if name in ("nodule", "liver lesion", "effusion", "consolidation", "renal stone", "ascites"):
         total = sum(np.array(lesion.slice_areas) for lesion in finding.lesions)
@@ -117,21 +118,29 @@ def test_nodules_are_spheres_in_their_lobe(seed):
         assert (before < -700).mean() > 0.5  # lung, but for its vessels
 
 
-def test_a_stone_is_found_in_its_kidney_by_its_density_alone():
-    for seed in range(3):
+def test_stones_are_found_in_their_kidneys_by_their_density_alone():
+    counts = set()
+    for seed in range(8):
         phantom = draw_phantom(seed, findings=("renal stone",))
-        ((stone,),) = (finding.lesions for finding in phantom.findings)
-        mask = phantom.hu > 620  # bone has at most 480, and the noise of training scans is below 20
-        assert np.array_equal(mask.any((1, 2)), np.array(stone.slice_areas) > 0)
-        assert np.allclose(mask.sum((1, 2)) * phantom.spacing[1] * phantom.spacing[2], stone.slice_areas, atol=0.1)
-        columns = np.nonzero(mask)[2]
-        side = (columns.mean() - (phantom.hu.shape[2] - 1) / 2) * phantom.spacing[2]
-        assert abs(side) > 30
-        assert np.sign(side) == SIGNS[stone.side]
-        assert stone.place == f"{stone.side} kidney"
-        width = (np.ptp(columns) + 1) * phantom.spacing[2]
-        assert width == pytest.approx(stone.size_mm, abs=1.3 * phantom.spacing[2])
-        assert phantom.hu[mask].mean() == pytest.approx(stone.hu, abs=15)
+        ((*stones,),) = (finding.lesions for finding in phantom.findings)
+        dense = phantom.hu > 620  # bone has at most 480, and the noise of training scans is below 20
+        columns = (np.arange(phantom.hu.shape[2]) - (phantom.hu.shape[2] - 1) / 2) * phantom.spacing[2]
+        assert len({stone.side for stone in stones}) == len(stones) <= 2
+        assert {side for side, sign in SIGNS.items() if dense[..., sign * columns > 0].any()} == {
+            stone.side for stone in stones
+        }
+        for stone in stones:
+            mask = dense & (SIGNS[stone.side] * columns > 0)
+            assert np.allclose(mask.sum((1, 2)) * phantom.spacing[1] * phantom.spacing[2], stone.slice_areas, atol=0.1)
+            found = columns[np.nonzero(mask)[2]]
+            assert abs(found.mean()) > 30
+            assert stone.place == f"{stone.side} kidney"
+            width = np.ptp(found) + phantom.spacing[2]
+            assert width == pytest.approx(stone.size_mm, abs=1.3 * phantom.spacing[2])
+            assert phantom.hu[mask].mean() == pytest.approx(stone.hu, abs=15)
+        assert [stone.size_mm for stone in stones] == sorted((stone.size_mm for stone in stones), reverse=True)
+        counts.add(len(stones))
+    assert counts == {1, 2}
 
 
 @pytest.mark.parametrize("seed", [0, 1, 3])
@@ -183,8 +192,12 @@ def test_lesions_widen_where_their_label_says(name):
             widest = 2 * np.sqrt(areas.max() / np.pi)
             assert widest == pytest.approx(lesion.size_mm, rel=0.08)
             assert drawn.clean[blood].mean() == pytest.approx(lesion.hu, abs=0.1)
-            height = drawn.scene.axes[0][inside].mean()
-            assert (height > 0) == (lesion.place == "thoracic aorta")
+            heights = drawn.scene.axes[0][inside]
+            if lesion.place == "both parts of the aorta":
+                assert heights.min() < -15 - 30
+                assert heights.max() > 5 + 30
+            else:
+                assert (heights.mean() > 0) == (lesion.place == "thoracic aorta")
         areas = areas[areas > 0]
         centre = (areas * np.arange(len(areas))).sum() / areas.sum() / (len(areas) - 1)  # 0: feet end, 1: head end
         # The wall of the chest cuts consolidations, so this is about the drawn shape of aneurysms first of all.
@@ -252,15 +265,22 @@ def test_more_ascites_is_more_fluid():
         assert max(less) < min(more)
 
 
-def test_a_fractured_vertebra_has_lost_its_height():
-    for seed in range(4):
+def test_fractured_vertebrae_have_lost_their_height():
+    counts = set()
+    for seed in range(8):
         drawn = drawn_phantom(seed, ("fracture",))
-        (lesion,) = only(drawn)
-        bone = np.isclose(drawn.clean, lesion.hu) & drawn.changed("fracture")
-        bone &= (np.abs(drawn.scene.axes[2]) < 28)[None, None]
-        lost = 100 * (1 - drawn.extent(bone) / drawn.scene.body_height)
-        assert lost == pytest.approx(lesion.height_loss, abs=100 * drawn.phantom.spacing[0] / drawn.scene.body_height)
-        assert (drawn.places(bone)[:, 0].mean() > 0) == (lesion.place == "thoracic spine")
+        lesions = only(drawn)
+        counts.add(len(lesions))
+        assert len({lesion.place for lesion in lesions}) == len(lesions) <= 2
+        assert [lesion.height_loss for lesion in lesions] == sorted((x.height_loss for x in lesions), reverse=True)
+        for lesion in lesions:
+            bone = np.isclose(drawn.clean, lesion.hu) & drawn.changed("fracture")
+            bone &= (np.abs(drawn.scene.axes[2]) < 28)[None, None]
+            bone &= ((drawn.scene.axes[0] > 0) == (lesion.place == "thoracic spine"))[:, None, None]
+            lost = 100 * (1 - drawn.extent(bone) / drawn.scene.body_height)
+            step = 100 * drawn.phantom.spacing[0] / drawn.scene.body_height
+            assert lost == pytest.approx(lesion.height_loss, abs=step)
+    assert counts == {1, 2}
 
 
 def holds(lesions: dict, phase: str) -> bool:
@@ -388,3 +408,166 @@ def test_the_extent_of_an_aneurysm_shows(monkeypatch):
         wider = np.array(lesion.slice_areas) > 1.1 * np.pi * drawn.scene.aorta_radius**2
         shown = wider.sum() * drawn.phantom.spacing[0]
         assert shown == pytest.approx(lesion.extent_mm, abs=2 * drawn.phantom.spacing[0]), (seed, lesion.growth)
+
+
+def test_the_size_of_a_lesion_does_not_tell_how_many_there_are():
+    plans = [
+        plan_phantom(np.random.default_rng([0, seed]), "train", ("nodule", "liver lesion")) for seed in range(2000)
+    ]
+    for name, sizes in (("nodule", range(10, 23, 2)), ("liver lesion", range(16, 27, 2))):
+        seen = {1: [], 2: [], 3: []}
+        for plan in plans:
+            lesions = plan["lesions"][name]
+            seen[len(lesions)] += [lesion.size_mm for lesion in lesions]
+        counts = {number: len(found) / number for number, found in seen.items()}
+        assert counts[1] / 2000 == pytest.approx(0.4, abs=0.04)
+        assert counts[3] / 2000 == pytest.approx(0.4, abs=0.04)
+        for found in seen.values():
+            shares = [found.count(size) / len(found) for size in sizes]
+            assert sum(shares) == pytest.approx(1)
+            assert max(abs(share - 1 / len(sizes)) for share in shares) < 0.05
+            assert np.mean(found) == pytest.approx(np.mean(sizes), abs=0.5)
+
+
+def test_lung_lesions_are_planned_where_they_can_be_seen():
+    names = ("nodule", "consolidation", "effusion")
+    amounts = set()
+    for seed in range(400):
+        plan = plan_phantom(np.random.default_rng([0, seed]), "train", names)
+        nodules, (consolidation,), (effusion,) = (plan["lesions"][name] for name in names)
+        places = [lesion.place for lesion in nodules]
+        assert consolidation.place not in places
+        assert sum("upper" in place for place in places) <= 2
+        assert places.count("right middle lobe") <= 1
+        if effusion.amount != "small":
+            for side in ("left", "right") if effusion.side == "both" else (effusion.side,):
+                assert f"{side} lower lobe" not in (*places, consolidation.place)
+        amounts.add((effusion.side, effusion.amount))
+    assert len(amounts) == 9
+
+
+def test_all_findings_together_have_a_plan_in_every_split():
+    for split in ("train", "validation", "test"):
+        for seed in range(60):
+            plan = plan_phantom(np.random.default_rng(seed), split, FINDINGS)
+            assert tuple(plan["lesions"]) == FINDINGS
+            assert split == "test" or not holds(plan["lesions"], plan["phase"])
+
+
+CROWDS = (
+    ("nodule", "consolidation", "effusion"),
+    ("nodule", "effusion", "aneurysm", "cardiomegaly", "liver lesion"),
+    FINDINGS,
+    ("liver lesion", "ascites", "cardiomegaly", "renal stone", "aneurysm", "nodule", "emphysema", "fracture"),
+)
+
+
+def crowded(number: int):
+    """Drawn scans of many findings: (drawn, planned number of lesions of each)."""
+    for seed in range(number):
+        planned = {}
+        with pytest.MonkeyPatch.context() as patch:
+            coarse(patch)
+            plan = anatomy.plan_phantom
+
+            def keep(*arguments, plan=plan, planned=planned):
+                made = plan(*arguments)
+                planned.update({name: len(lesions) for name, lesions in made["lesions"].items()})
+                return made
+
+            patch.setattr(anatomy, "plan_phantom", keep)
+            yield drawn_phantom(seed, CROWDS[seed % len(CROWDS)], ("train", "test")[seed // 4 % 2]), planned
+
+
+def test_nothing_hides_a_lesion_and_all_that_were_planned_are_there():
+    apart, pairs = 0, 0
+    for drawn, planned in crowded(150):
+        scene, clean = drawn.scene, drawn.clean
+        assert {f.name: len(f.lesions) for f in drawn.phantom.findings} == planned
+        for finding in drawn.phantom.findings:
+            for lesion in finding.lesions:
+                assert lesion.num_slices > 0
+                if finding.name not in ("nodule", "liver lesion"):
+                    continue
+                radius = lesion.size_mm / 2
+                away = np.sqrt(sum((axis - c) ** 2 for axis, c in zip(np.ix_(*scene.axes), lesion.centre)))
+                inside = clean[away <= radius]
+                assert np.allclose(inside, lesion.hu, atol=0.06)
+                if finding.name == "nodule":
+                    shell = clean[(away > radius) & (away <= radius + 4)]
+                    assert inside.mean() - shell.mean() > 300, lesion
+                    assert (shell < -600).mean() > 0.75, lesion
+                else:
+                    shell = clean[(away > radius) & (away <= radius + 2)]
+                    assert shell.mean() - inside.mean() > 50, lesion
+                    assert (np.abs(shell - inside.mean()) > 25).all(), lesion
+            if finding.name in ("nodule", "liver lesion"):
+                for one, other in itertools.combinations(finding.lesions, 2):
+                    pairs += 1
+                    apart += not np.any(np.array(one.slice_areas) * other.slice_areas)
+    assert apart / pairs > 0.97  # no slice shows two; where there is little room one may
+
+
+def test_areas_are_those_of_the_voxels_that_show_a_lesion_in_the_end():
+    for drawn, _ in crowded(40):
+        for finding in drawn.phantom.findings:
+            if finding.name in ("aneurysm", "cardiomegaly", "fracture"):  # of the HU of what lies beside them
+                continue
+            # What the drawing of one finding changed, and no other has changed since.
+            shown = drawn.changed(finding.name) & (drawn.steps[finding.name][1] == drawn.clean)
+            if finding.name == "emphysema":
+                shown = np.isclose(drawn.clean, finding.lesions[0].hu)
+            told = sum(np.array(lesion.slice_areas) for lesion in finding.lesions)
+            assert np.allclose(drawn.areas(shown), told, atol=0.3), finding.name
+
+
+def test_stones_lie_in_their_kidney_beside_a_wide_aorta():
+    kidneys = 0
+    for drawn, _ in crowded(60):
+        if "renal stone" not in drawn.steps:
+            continue
+        below = drawn.steps["renal stone"][0][drawn.changed("renal stone")]
+        scene = drawn.scene
+        assert np.any([np.isclose(below, hu) for hu in (scene.kidney, scene.pelvis, -40)], axis=0).all()
+        kidneys += 1
+    assert kidneys > 20
+
+
+def test_one_slice_does_not_tell_the_extent_of_an_effusion():
+    """The level at the base, from the lowest slices: fluid of every amount begins high and low."""
+    levels = {"small": [], "moderate": [], "large": []}
+    with pytest.MonkeyPatch.context() as patch:
+        coarse(patch)
+        for seed in range(90):
+            drawn = drawn_phantom(seed, ("effusion",))
+            (lesion,) = only(drawn)
+            slices = np.flatnonzero(lesion.slice_areas)
+            assert np.ptp(slices) + 1 == len(slices)  # fluid over the whole extent
+            side = "left" if lesion.side == "both" else lesion.side
+            box, _ = drawn.scene.lungs[side]
+            # The front of the fluid 30 mm above its floor, as a share of the chest's depth.
+            z = int(np.abs(drawn.scene.axes[0][box[0]] - drawn.scene.axes[0][slices[0]] - 30).argmin())
+            front = drawn.changed("effusion")[box][z].any(1).argmax()
+            levels[lesion.amount].append(drawn.scene.axes[1][box[1]][front] / drawn.scene.inner[0])
+    quartiles = {amount: np.quantile(found, [0.25, 0.75]) for amount, found in levels.items()}
+    for one, other in itertools.combinations(quartiles.values(), 2):
+        assert min(one[1], other[1]) > max(one[0], other[0])
+
+
+def test_pairs_are_one_of_each_kind():
+    names = ("renal stone", "aneurysm", "fracture")
+    plans = [plan_phantom(np.random.default_rng([0, seed]), "train", names) for seed in range(600)]
+    pairs = {
+        name: np.mean([len(plan["lesions"][name]) == 2 for plan in plans]) for name in ("renal stone", "fracture")
+    }
+    assert 0.12 < pairs["renal stone"] < 0.25  # never in the arterial phase, whose right stones are held out
+    assert 0.2 < pairs["fracture"] < 0.3
+    for plan in plans:
+        stones, (aneurysm,), fractures = (plan["lesions"][name] for name in names)
+        assert len({stone.side for stone in stones}) == len(stones)
+        assert len({fracture.place for fracture in fractures}) == len(fractures)
+        assert plan["phase"] != "arterial" or [stone.side for stone in stones] == ["left"]
+        if aneurysm.place == "both parts of the aorta":
+            assert 120 <= aneurysm.extent_mm <= 200
+    both = [plan["lesions"]["aneurysm"][0].place == "both parts of the aorta" for plan in plans]
+    assert 0.2 < np.mean(both) < 0.35

@@ -36,7 +36,7 @@ def open_row(template: str, answer: str) -> dict:
 def labels_of(**lesions: list[dict]) -> dict:
     """Labels of a scan with these findings; underscores stand for spaces."""
     found = {name.replace("_", " "): drawn for name, drawn in lesions.items()}
-    nothing = {"side": None, "place": None, "size_mm": None}
+    nothing = {"side": None, "place": None, "size_mm": None, "extent_mm": None}
     return {
         "findings": [
             {"name": name, "lesions": [nothing | lesion for lesion in found[name]]}
@@ -221,6 +221,17 @@ def test_findings_come_in_their_usual_order():
         ),
         ("Enlarged heart, 160 mm wide.", "cardiomegaly", ParsedFinding(size_mm=160.0)),
         ("Fracture in the lumbar spine.", "fracture", ParsedFinding(place="lumbar spine")),
+        ("Fractures in both parts of the spine.", "fracture", ParsedFinding(place="both parts of the spine")),
+        (
+            "An aneurysm of 60 mm in both parts of the aorta.",
+            "aneurysm",
+            ParsedFinding(place="both parts of the aorta", size_mm=60.0),
+        ),
+        (
+            "Both kidneys hold renal stones, the largest of 9 mm.",
+            "renal stone",
+            ParsedFinding(side="both", place="both kidneys", size_mm=9.0),
+        ),
         # What findings leave open the impression may tell; what they tell stays.
         (
             "Findings: Nodule of 10 mm.\nImpression: Nodule of 20 mm in the left upper lobe.",
@@ -252,7 +263,7 @@ def test_reports_of_all_findings_are_read_back(split):
         "effusion": ("pleura",),
         "emphysema": ("upper lobes", "lower lobes", "both lungs"),
         "cardiomegaly": ("heart",),
-        "aneurysm": ("thoracic aorta", "abdominal aorta"),
+        "aneurysm": ("thoracic aorta", "abdominal aorta", "both parts of the aorta"),
         "liver lesion": ("left lobe of the liver", "right lobe of the liver"),
         "renal stone": ("left kidney", "right kidney"),
         "ascites": ("peritoneum",),
@@ -274,6 +285,8 @@ def test_reports_of_all_findings_are_read_back(split):
             areas = {"head": range(10, 60, 6), "feet": range(60, 10, -6), "constant": [30] * 9}[lesion.growth]
             lesion.slice_areas = [0.0] * int(rng.integers(20)) + [float(area) for area in areas] + [0.0] * 15
             lesions.append(vars(lesion))
+        if name in ("renal stone", "fracture") and len(lesions) > 1 and lesions[0]["place"] != lesions[1]["place"]:
+            return {"name": name, "lesions": lesions[:2]}
         return {"name": name, "lesions": lesions if name in ("nodule", "liver lesion") else lesions[:1]}
 
     for chosen in [()] + [(name,) for name in FINDINGS] * 6 + [FINDINGS] * 12:
@@ -283,7 +296,7 @@ def test_reports_of_all_findings_are_read_back(split):
         assert tuple(said) == chosen, text
         scores = score_reports([labels], [text])
         # Named by one place only if all lesions share it: what differs between lesions is not scored.
-        for error in ("side_errors", "place_errors", "size_error_mm"):
+        for error in ("side_errors", "place_errors", "size_error_mm", "extent_error_mm"):
             assert not scores[error], (error, text)
         for other in labels["findings"]:
             if other["name"] in ("effusion", "consolidation", "aneurysm"):
@@ -362,6 +375,40 @@ def test_lesions_in_several_places_have_no_one_place():
     assert (scores["side_errors"], scores["sides"]) == (0, 1)
     assert (scores["place_errors"], scores["places"]) == (None, 0)
     assert scores["size_error_mm"] == 1  # of the largest
+
+
+def test_pairs_of_stones_and_fractures_lie_in_both_places():
+    stones = [
+        {"side": "left", "place": "left kidney", "size_mm": 12.0},
+        {"side": "right", "place": "right kidney", "size_mm": 9.0},
+    ]
+    fractures = [{"place": "thoracic spine"}, {"place": "lumbar spine"}]
+    labels = [labels_of(renal_stone=stones, fracture=fractures)] * 2
+    texts = [
+        "Renal stones in both kidneys, the largest of 11 mm. Vertebral fractures in both parts of the spine.",
+        "A renal stone of 12 mm in the left kidney. Fractures in the lumbar spine.",
+    ]
+    scores = score_reports(labels, texts)
+    assert (scores["side_errors"], scores["sides"]) == (0.5, 2)
+    assert (scores["place_errors"], scores["places"]) == (0.5, 4)
+    assert (scores["size_error_mm"], scores["sizes"]) == (0.5, 2)  # 11 for 12, 12 for 12
+
+
+def test_extents_by_hand():
+    labels = [
+        labels_of(effusion=[{"side": "left", "extent_mm": 50.0}], consolidation=[{"extent_mm": 72.0}]),
+        labels_of(aneurysm=[{"place": "both parts of the aorta", "extent_mm": 150.0}], nodule=[{"extent_mm": 12.0}]),
+        labels_of(effusion=[{"side": "left"}]),
+    ]
+    texts = [
+        "Effusion on the left, extent 60 mm. Consolidation with an extent of 70 mm.",  # off by 10 and 2
+        "Aneurysm in both parts of the aorta, extent 120 mm. Nodule, extent 90 mm. Effusion, extent 9 mm.",  # by 30
+        "Effusion on the left, extent 60 mm.",  # unknown
+    ]
+    scores = score_reports(labels, texts)
+    assert (scores["extent_error_mm"], scores["extents"]) == (pytest.approx(14), 3)
+    scores = score_reports(labels[:1], ["Effusion on the left and consolidation."])
+    assert (scores["extent_error_mm"], scores["extents"]) == (None, 0)
 
 
 def test_reports_that_name_nothing_score_zero():

@@ -26,13 +26,16 @@ from ct_moe.pipeline_ct_moe import REPORT_PROMPT
 from ct_moe.pipeline_ct_moe import split_report as sections
 from ct_moe.trainers.phantoms import texts
 from ct_moe.trainers.phantoms.anatomy import draw_phantom
-from ct_moe.trainers.phantoms.labels import FINDINGS, PHASES
+from ct_moe.trainers.phantoms.labels import FINDINGS, PHASES, Lesion
+from ct_moe.trainers.phantoms.plan import plan_phantom
 from ct_moe.trainers.phantoms.texts import (
+    BOTH,
     EXTENTS,
     GROWTH_TEXTS,
     KINDS,
     LEVELS,
     ORGANS,
+    PLACES,
     PLANES,
     balanced,
     plane_row,
@@ -197,9 +200,11 @@ def test_reports_give_the_numbers_and_places_of_the_labels(scans, split):
                     in sentence.replace("On", "on")
                 )
             elif name not in ("cardiomegaly", "ascites"):
-                assert largest["place"] in sentence
+                # Nodules by the place of the largest; of what may be in two places both are told.
+                places = {lesion["place"] for lesion in lesions}
+                assert (BOTH[name] if name in BOTH and len(places) == 2 else largest["place"]) in sentence
             if len(lesions) > 1:
-                assert "the largest of" in sentence
+                assert re.search(r"the largest (?:of|measures|with)|of the largest", sentence)
 
 
 def test_closed_questions_have_four_choices_and_the_right_letter(scans, asked):
@@ -250,8 +255,9 @@ def test_answers_about_the_whole_scan_are_right_and_no_other_choice_is(scans, as
                 places, sides = ({lesion[part] for lesion in present[name]} for part in ("place", "side"))
                 if name == "effusion":
                     assert answer == ("pleura of both sides" if sides == {"both"} else f"{sides.pop()} pleura")
-                elif answer == "both lobes of the liver":
-                    assert sides == {"left", "right"}
+                elif name in BOTH and answer == BOTH[name]:
+                    assert len(places) == 2
+                    assert name == "fracture" or sides == {"left", "right"}
                 else:
                     assert {answer} == places
             elif what == "size":
@@ -301,8 +307,9 @@ def test_answers_between_slices_follow_from_the_areas_in_every_slice(scans, aske
     wanted = {f"growth {name}" for name in ("consolidation", "aneurysm")}
     wanted |= {f"extent {name}" for name in ("effusion", "consolidation", "aneurysm")}
     wanted |= {f"count {name}" for name in ("nodule", "liver lesion")}
-    wanted |= {f"level {name}" for name in ("nodule", "fracture")}
+    wanted |= {"level fracture"}
     assert wanted <= set(templates)
+    assert "level nodule" not in templates  # the lowest quarter would never be right
 
 
 @given(st.integers(1, 40), st.integers(1, 40), st.integers(0, 40))
@@ -437,3 +444,84 @@ def test_numbers_of_nodules_are_asked_for_as_often_as_scans_allow(scans, asked):
     with_nodules = sum("nodule" in lesions_of(labels) for labels in scans["train"])
     assert set(counts) == set(NUMBERS)
     assert sum(counts.values()) > with_nodules / 3
+
+
+def planned_labels(seed: int) -> dict:
+    """Labels of a scan as it was planned, with areas that none of its lesions have."""
+    plan = plan_phantom(np.random.default_rng([0, seed]), "train", None)
+    found = []
+    for name in FINDINGS:
+        for lesion in plan["lesions"].get(name, ()):
+            lesion.slice_areas, lesion.extent_mm = [0.0] * 9 + [50.0] * 9, 80.0
+        if name in plan["lesions"]:
+            found.append({"name": name, "lesions": [vars(lesion) for lesion in plan["lesions"][name]]})
+    return {"phase": plan["phase"], "findings": found}
+
+
+@pytest.fixture(scope="module")
+def planned() -> list[dict]:
+    return [planned_labels(seed) for seed in range(900)]
+
+
+def test_every_organ_is_right_about_as_often_when_it_is_listed(planned):
+    rng = np.random.default_rng(0)
+    chosen = balanced([questions(labels, rng) for labels in planned], closed=8, opened=6, rng=rng)
+    listed, right = Counter(), Counter()
+    for question in (question for taken in chosen for question in taken if question.template == "organ"):
+        listed.update(question.choices)
+        right[question.answer] += 1
+    assert set(listed) == set(ORGANS.values())
+    for organ, times in listed.items():
+        assert 0.17 < right[organ] / times < 0.33, (organ, right[organ] / times)
+
+
+def test_every_place_is_right_for_some_scan(planned):
+    rng = np.random.default_rng(0)
+    answers: dict[str, set] = {}
+    for labels in planned:
+        for question in questions(labels, rng):
+            if question.template.startswith("where"):
+                answers.setdefault(question.template.removeprefix("where "), set()).add(question.answer)
+    assert answers == {name: set(places) for name, places in PLACES.items()}
+
+
+@pytest.mark.parametrize("split", ["train", "test"])
+def test_reports_of_pairs_tell_both_places(split):
+    areas = [0.0] * 5 + [60.0] * 9
+    lesions = {
+        "renal stone": [("left", "left kidney", 12.0, None), ("right", "right kidney", 9.0, None)],
+        "fracture": [(None, "lumbar spine", None, 50), (None, "thoracic spine", None, 30)],
+    }
+    labels = {
+        "phase": "delayed",
+        "findings": [
+            {
+                "name": name,
+                "lesions": [
+                    vars(Lesion(side, place, size, height_loss=loss, slice_areas=areas))
+                    for side, place, size, loss in each
+                ],
+            }
+            for name, each in lesions.items()
+        ],
+    }
+    for seed in range(20):
+        findings, impression = split_report(report_text(labels, np.random.default_rng(seed), split))
+        (stones,) = [sentence for sentence in re.findall(r"[^.]+\.", findings) if "renal" in sentence.lower()]
+        (fractures,) = [sentence for sentence in re.findall(r"[^.]+\.", findings) if "vertebral" in sentence.lower()]
+        assert "both kidneys" in stones
+        assert "12 mm" in stones
+        assert "both parts of the spine" in fractures
+        assert "50 %" in fractures
+        assert "renal stones in both kidneys and vertebral fractures in both parts of the spine" in impression.lower()
+
+
+def test_impressions_have_several_wordings(scans):
+    labels = next(labels for labels in scans["train"] if lesions_of(labels))
+    said = {
+        split: {split_report(report_text(labels, np.random.default_rng(seed), split))[1] for seed in range(30)}
+        for split in ("train", "test")
+    }
+    assert len(said["train"]) == 3
+    assert len(said["test"]) == 2
+    assert not said["train"] & said["test"]
