@@ -70,7 +70,7 @@ class StageConfig(CTMoESFTConfig):
         quantization (`str`, *optional*, defaults to `"none"`):
             `"4bit"` (NF4) or `"8bit"`: the language model's weights in memory, with `train_language_model="lora"`.
             Needs bitsandbytes.
-        attn_implementation (`str`, *optional*):
+        attn_implementation, experts_implementation (`str`, *optional*):
             As in `from_pretrained`.
         even_tasks (`bool`, *optional*):
             Whether every task is drawn equally often; smaller ones are repeated.
@@ -96,6 +96,7 @@ class StageConfig(CTMoESFTConfig):
     dtype: Literal["float32", "bfloat16", "auto"] = "float32"
     quantization: Literal["none", "4bit", "8bit"] = "none"
     attn_implementation: str | None = None
+    experts_implementation: str | None = None
     even_tasks: bool = False
     questions_per_scan: int = 1
 

@@ -190,6 +190,7 @@ def train_stage(
         dtype=stage.dtype,
         quantization_config=_quantization(stage),
         attn_implementation=stage.attn_implementation,
+        experts_implementation=stage.experts_implementation,
     )
     tasks = list(network.config.tasks)
     dataset = check_tasks(dataset, tasks)

@@ -13,10 +13,12 @@
 # limitations under the License.
 """The paper's claims on phantoms: every arm trained with the same budget, scored on the same held-out scans.
 
+    python examples/phantom/pretrain_base.py --data phantoms --out phantom-base
     python examples/phantom/ablations.py --data phantoms --base phantom-base --out phantom-ablations
 
-Runs what is not there yet, one after the other, and can be cut off and started again at any time, also on several
-machines that share or later merge --out: `--part 1/3` does every third run. `--list` shows all and which are done.
+Runs what is not there yet, one after the other, and can be cut off and started again at any time. `--part 1/3` does
+every third run: parts can run at the same time, on one machine or on several that share or later merge --out. On a
+machine with several GPUs give each process one of them (CUDA_VISIBLE_DEVICES). `--list` shows all and which are done.
 `--split validation` is for choosing settings; results of the test split are written once and never overwritten.
 `python examples/phantom/results.py --out phantom-ablations` turns the runs into the table and plots of RESULTS.md.
 
@@ -30,26 +32,36 @@ import shutil
 import sys
 import tempfile
 import time
-from dataclasses import dataclass, field, replace
+import uuid
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from datasets import Dataset, concatenate_datasets
-from pretrain_base import SLICES
+from pretrain_base import SLICES, VISION
 from torch import nn
 from torch.utils.data import SequentialSampler
 from train_demo import SETTINGS, make_model
 from transformers import AutoConfig, LlavaForConditionalGeneration
 
-from ct_moe import CTMoEError, CTMoEForConditionalGeneration, CTMoEProcessor
+from ct_moe import (
+    CTMoEError,
+    CTMoEForConditionalGeneration,
+    CTMoEProcessor,
+    CTMoEVisionConfig,
+    DataError,
+    TrainingError,
+)
+from ct_moe.trainers.evaluation.answering import answer_rows
+from ct_moe.trainers.evaluation.cut_numbers import cut_percent
 from ct_moe.trainers.packing import pack_rows
-from ct_moe.trainers.phantoms.benchmark import evaluate_phantoms
-from ct_moe.trainers.recipe import StageConfig, load_recipe
+from ct_moe.trainers.phantoms.benchmark import evaluate_phantoms, read_split
+from ct_moe.trainers.recipe import StageConfig, TwoStageRecipe, load_recipe
 from ct_moe.trainers.rows import check_tasks, interleave_tasks, load_rows
 from ct_moe.trainers.sft_trainer import CTMoESFTTrainer
-from ct_moe.trainers.stages import prepare_stage
+from ct_moe.trainers.stages import ALWAYS_FROZEN, TRAINABLE_PARTS, part_of_parameters, prepare_stage
 from ct_moe.trainers.volume_cache import VolumeCache
 
 
@@ -58,10 +70,14 @@ EXPERTS, WIDTH = SETTINGS["num_experts"], SETTINGS["moe_intermediate_size"]  # p
 GROUPS = 1 + len(TASKS)
 DENSE = {"moe_layers": []}
 ALL_SLICES = SLICES["max_slices"]  # pz = all
-STEPS = (150, 75)  # of stage 1 and stage 2, 16 rows each; all else as in the recipe of the demo model
+STEPS = (120, 40)  # of stage 1 and stage 2
+BATCH = 8  # rows per step; all else as in the recipe of the demo model
+SCARCITY = (50, 400, None)  # training scans; None for all
+REUSE = {"reused": "nothing", "vision from scratch": "vision", "from scratch": "everything"}
 RECIPE = Path(__file__).with_name("recipe.yaml")
 SCORED_SCANS = 160
 ADDED = (".moe.", "guide_encoder.", "task_router.", "slice_scoring.")  # parts that the base does not have
+TOWER = ("slice_layers", "volume_layers", "ffns")  # the pretrained parts of the vision tower
 
 
 @dataclass
@@ -74,12 +90,16 @@ class Arm:
         seeds: how many runs.
         convert: settings of the conversion, in place of those of the demo model.
         scans: training scans; `None` for all.
-        scratch: forget the pretrained weights; the same network, scans and steps.
+        forgotten: pretrained weights that are drawn anew: "nothing", "vision" (tower and projector) or "everything".
+        trained: in both stages: "recipe" (what the recipe says), "tower" (the whole vision tower too) or
+            "everything", the input embeddings too.
         two_stages: False: one stage of the same length that trains everything both stages train.
         groups: what the expert groups of a row are: "task" or "scan" (a hash of the scan's name).
         labelled: whether rows tell their task in training.
         task_embedding: a learned vector per task, added before the first layer that has experts in other arms.
+        equal_scores: TG-IS in which all slices have the same score.
         wrong_group: also score the model with the next task's group forced.
+        report_groups: also note the group that each report is routed to.
     """
 
     question: str
@@ -87,68 +107,47 @@ class Arm:
     seeds: int = 3
     convert: dict[str, Any] = field(default_factory=dict)
     scans: int | None = None
-    scratch: bool = False
+    forgotten: str = "nothing"
+    trained: str = "recipe"
     two_stages: bool = True
     groups: str = "task"
     labelled: bool = True
     task_embedding: bool = False
+    equal_scores: bool = False
     wrong_group: bool = False
+    report_groups: bool = False
 
 
 def arms() -> list[Arm]:
     """Every arm, in the order in which they run: the shared reference first."""
-    reference = Arm("c", "both levels", seeds=5, wrong_group=True)
-    found = [reference]
+    found = [Arm("c", "both levels", seeds=5, wrong_group=True, report_groups=True)]
     # (c) What the experts bring. One expert without a router is a dense layer beside the FFN.
     one = {"tasks": [], "num_experts": 1}
     found += [
-        replace(
-            reference,
-            name="dense, equal total",
-            convert=one | {"moe_intermediate_size": GROUPS * EXPERTS * WIDTH},
-            wrong_group=False,
-        ),
-        replace(
-            reference,
-            name="dense, equal active",
-            convert=one | {"moe_intermediate_size": 2 * WIDTH},
-            wrong_group=False,
-        ),
-        replace(
-            reference,
-            name="dense with a task embedding",
-            convert={"num_experts": 1, "moe_intermediate_size": 2 * WIDTH},
+        Arm("c", "dense, equal total", 5, one | {"moe_intermediate_size": GROUPS * EXPERTS * WIDTH}),
+        Arm("c", "dense, equal active", 5, one | {"moe_intermediate_size": 2 * WIDTH}),
+        Arm(
+            "c",
+            "dense with a task embedding",
+            5,
+            {"num_experts": 1, "moe_intermediate_size": 2 * WIDTH},
             task_embedding=True,
-            wrong_group=False,
         ),
-        replace(
-            reference,
-            name="token level",
-            convert={
-                "tasks": [],
-                "num_experts": GROUPS * EXPERTS,
-                "num_experts_per_tok": 2,
-                "moe_intermediate_size": WIDTH,
-            },
-            wrong_group=False,
-        ),
-        replace(
-            reference,
-            name="task level",
-            convert={"num_experts": 1, "moe_intermediate_size": EXPERTS * WIDTH},
-            wrong_group=False,
-        ),
-        replace(reference, name="both levels, groups by scan", groups="scan", wrong_group=False),
+        Arm("c", "token level", 5, {"tasks": [], "num_experts": GROUPS * EXPERTS, "num_experts_per_tok": 2}),
+        Arm("c", "task level", 5, {"num_experts": 1, "moe_intermediate_size": EXPERTS * WIDTH}),
+        Arm("c", "both levels, groups by scan", 5, groups="scan"),
     ]
     # (d) Two stages.
     found.append(Arm("d", "one stage", seeds=5, two_stages=False))
-    # (a) Reuse of the 2D pretraining, by the number of scans.
-    for scans in (50, 200, 800, None):
-        found += [
-            Arm("a", f"reused, {scans or 'all'} scans", scans=scans),
-            Arm("a", f"from scratch, {scans or 'all'} scans", scans=scans, scratch=True),
-        ]
-    # (b) Attention across slices, without experts.
+    # (a) Reuse of the 2D pretraining, by the number of scans. What is random must be trained: the arms that reuse it
+    # train the same, with the same learning rates.
+    for scans in SCARCITY:
+        for name, forgotten in REUSE.items():
+            found.append(
+                Arm("a", f"{name}, {scans or 'all'} scans", scans=scans, forgotten=forgotten, trained="everything")
+            )
+    # (b) Attention across slices, without experts. All train the whole tower, in both stages and with one learning
+    # rate: the recipe treats volume layers and others differently, and the arms differ in which layers those are.
     for pz in (1, ALL_SLICES):
         for name, layers in (("none", []), ("upper half", [2, 3]), ("all", [0, 1, 2, 3])):
             for fraction in (0.5, 0.0) if layers else (0.5,):
@@ -163,16 +162,39 @@ def arms() -> list[Arm]:
                             "depth_rotary_fraction": fraction,
                             "pool": [pz, 2, 2],
                         },
+                        trained="tower",
                     )
                 )
-    # (e) Slice scores.
+    # (e) Slice scores. All pool over all slices: else the language model sees every slice without them. TG-IS does not
+    # weigh the pooled 3D features but appends the weighted 2D features, so mean pooling is TG-IS with equal scores and
+    # not the model without, which has half as many visual tokens.
+    tgis = {"pool": [ALL_SLICES, 2, 2], "slice_scoring": "tgis"}
     found += [
-        Arm("e", "TG-IS, published", convert={"slice_scoring": "tgis", "tgis_variant": "paper"}),
-        Arm("e", "TG-IS, normalised", convert={"slice_scoring": "tgis", "tgis_temperature": 0.8}),
+        Arm("e", "mean pooling", convert=tgis, equal_scores=True),
+        Arm("e", "TG-IS, published", convert=tgis | {"tgis_variant": "paper"}),
+        Arm("e", "TG-IS, normalised", convert=tgis),
     ]
     # (f) Tasks nobody named.
-    found.append(Arm("f", "label-free routing", labelled=False))
+    found.append(Arm("f", "label-free routing", labelled=False, report_groups=True))
     return found
+
+
+def vision_config(arm: Arm) -> CTMoEVisionConfig:
+    """Of the trained models of an arm."""
+    settings = {**SETTINGS, "tasks": TASKS, **arm.convert}
+    known = {field.name for field in fields(CTMoEVisionConfig)}
+    own = {name: value for name, value in settings.items() if name in known}
+    groups = {"num_tasks": len(settings["tasks"]), "use_task_groups": not arm.task_embedding}
+    return CTMoEVisionConfig(**VISION, feature_layer=-2, **groups, **own)
+
+
+def active_expert_parameters(config: CTMoEVisionConfig) -> int:
+    """Parameters of the experts that a token goes through, in all layers; routers are left out."""
+    width, hidden = config.moe_intermediate_size, config.hidden_size
+    active = 0
+    for experts in (config.num_shared_experts, config.num_task_experts if config.routes_tasks else 0):
+        active += min(experts, config.num_experts_per_tok)  # a group of one has no choice
+    return len(config.moe_layers) * active * (2 * hidden * width + width + hidden)
 
 
 def main() -> None:
@@ -185,6 +207,7 @@ def main() -> None:
     parser.add_argument("--part", default="1/1", help="I/N: every N-th run, from the I-th")
     parser.add_argument("--split", default="test", choices=["validation", "test"])
     parser.add_argument("--steps", type=int, nargs=2, default=STEPS, help="of stage 1 and stage 2")
+    parser.add_argument("--batch", type=int, default=BATCH, help="rows per step")
     parser.add_argument("--list", action="store_true", help="show all runs and which are done")
     args = parser.parse_args()
     runs = [
@@ -194,32 +217,52 @@ def main() -> None:
         if not args.only or arm.question in args.only
     ]
     runs.sort(key=lambda run: run[1])  # the first seed of every arm before the second of any
-    part, parts = map(int, args.part.split("/"))
-    runs = runs[part - 1 :: parts]
+    try:
+        runs = part_of(runs, args.part)
+    except CTMoEError as error:
+        sys.exit(f"ablations: error: {error}")
     if args.list:
         for arm, seed in runs:
             done = "done" if result_file(args.out, args.split, arm, seed).is_file() else "-"
             print(f"{done:5}({arm.question}) {arm.name}, seed {seed}")
         return
     try:
+        if torch.cuda.device_count() > 1:  # the trainer would multiply the batch by their number
+            raise TrainingError("GPUs", f"{torch.cuda.device_count()} are seen", "Show one: CUDA_VISIBLE_DEVICES=0")
         for number, (arm, seed) in enumerate(runs, 1):
             file = result_file(args.out, args.split, arm, seed)
             if file.is_file():
                 continue
             print(f"{number} of {len(runs)}: ({arm.question}) {arm.name}, seed {seed}", flush=True)
             result = run(arm, seed, args)
-            file.parent.mkdir(parents=True, exist_ok=True)
-            part_file = file.with_suffix(".part")
-            part_file.write_text(json.dumps(result) + "\n", encoding="utf-8")
-            part_file.replace(file)
-            scores = result["scores"]
+            write_once(file, json.dumps(result) + "\n")
+            closed = result["scores"]["closed"]
             print(
-                f"  closed {100 * scores['closed']['accuracy']:.1f} %, between slices "
-                f"{100 * scores['closed']['kinds']['between_slices']:.1f} %, {result['seconds']:.0f} s",
+                f"  closed {cut_percent(closed['accuracy'])} %, between slices "
+                f"{cut_percent(closed['kinds']['between_slices'])} %, {result['seconds']:.0f} s",
                 flush=True,
             )
     except CTMoEError as error:
         sys.exit(f"ablations: error: {error}")
+
+
+def part_of(runs: list, part: str) -> list:
+    """Every N-th run from the I-th, of "I/N"."""
+    number, _, parts = part.partition("/")
+    if not (number.isdecimal() and parts.isdecimal() and 1 <= int(number) <= int(parts)):
+        raise DataError("--part", f"{part!r} is no part", "Write I/N, with I from 1 to N")
+    return runs[int(number) - 1 :: int(parts)]
+
+
+def write_once(file: Path, text: str) -> None:
+    """Whole or not at all, under a name that no other process uses until then."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    unfinished = file.with_suffix(f".{uuid.uuid4().hex}.part")
+    try:
+        unfinished.write_text(text, encoding="utf-8")
+        unfinished.replace(file)
+    finally:
+        unfinished.unlink(missing_ok=True)
 
 
 def result_file(out: Path, split: str, arm: Arm, seed: int) -> Path:
@@ -230,22 +273,30 @@ def result_file(out: Path, split: str, arm: Arm, seed: int) -> Path:
 def run(arm: Arm, seed: int, args: argparse.Namespace) -> dict[str, Any]:
     """Convert, train both stages, score."""
     started = time.monotonic()
+    cuda = torch.cuda.is_available()
+    files = hashes(args)  # of what is read, not of what is there at the end
     torch.manual_seed(seed)
     with tempfile.TemporaryDirectory() as temporary:
         folder, base = Path(temporary) / "model", args.base
-        if arm.scratch:
-            base = forget(base, Path(temporary) / "base")
+        if arm.forgotten != "nothing":
+            base = forget(base, Path(temporary) / "base", keep_language=arm.forgotten == "vision")
         make_model(base, folder, **{**SETTINGS, "tasks": list(TASKS), **arm.convert})
         processor = CTMoEProcessor.from_pretrained(folder)
-        model = CTMoEForConditionalGeneration.from_pretrained(folder, dtype=torch.float32)
+        experts = read_recipe().stage1.experts_implementation
+        model = CTMoEForConditionalGeneration.from_pretrained(
+            folder, dtype=torch.float32, experts_implementation=experts
+        )
         redraw_added(model, seed)
         if arm.task_embedding:
             add_task_embedding(model)
-        steps = train(model, processor, arm, seed, args, Path(temporary))
+        if arm.equal_scores:
+            nn.init.zeros_(model.model.slice_scoring.text_weight)
+        scans = train(model, processor, arm, seed, args, Path(temporary))
     trained = time.monotonic()
+    model.to("cuda" if cuda else "cpu")
     cache = VolumeCache(args.data / "slices", processor.image_processor)
-    settings = {"split": args.split, "scans": SCORED_SCANS, "controls": (), "tasks": ("vqa_closed", "vqa_open")}
-    settings |= {"volume_cache": cache, "batch_size": 32, "progress": False}
+    how = {"volume_cache": cache, "batch_size": 128 if cuda else 32, "progress": False}
+    settings = {"split": args.split, "scans": SCORED_SCANS, "controls": (), "tasks": ("vqa_closed", "vqa_open"), **how}
 
     def task_of(row: dict) -> str | None:
         if arm.groups == "scan":
@@ -256,8 +307,12 @@ def run(arm: Arm, seed: int, args: argparse.Namespace) -> dict[str, Any]:
     record = {
         "arm": {"question": arm.question, "name": arm.name},
         "seed": seed,
-        "steps": steps,
+        "steps": list(args.steps),
+        "batch": args.batch,
+        **scans,
+        "hashes": files,
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "device": torch.cuda.get_device_name() if cuda else "CPU",
         "threads": torch.get_num_threads(),
         "seconds_training": round(trained - started, 1),
         "scores": scores,
@@ -266,14 +321,44 @@ def run(arm: Arm, seed: int, args: argparse.Namespace) -> dict[str, Any]:
         following = dict(zip(TASKS, (*TASKS[1:], TASKS[0])))
         wrong = evaluate_phantoms(model, processor, args.data, task=lambda row: following[row["task"]], **settings)
         record["wrong_group"] = wrong
+    if arm.report_groups:
+        rows, _ = read_split(args.data, args.split, SCORED_SCANS)
+        asked = [row for row in rows if row["task"] == "report"]
+        # The group is chosen before the first token, and no more are asked for.
+        answers = answer_rows(model, processor, asked, folder=args.data, max_new_tokens={"report": 1}, **how)
+        record["report_groups"] = [answer.task for answer in answers]
     return {**record, "seconds": round(time.monotonic() - started, 1)}
 
 
-def forget(base: Path, folder: Path) -> Path:
-    """The base with random weights, drawn as the library draws them."""
+def hashes(args: argparse.Namespace) -> dict[str, str]:
+    """First digits of the SHA-256 of all that runs must have in common to be compared."""
+    files = {
+        "base": args.base / "model.safetensors",
+        "train": args.data / "train.jsonl",
+        args.split: args.data / f"{args.split}.jsonl",
+        "recipe": RECIPE,
+    }
+    found = {}
+    for name, path in files.items():
+        try:
+            with path.open("rb") as file:
+                found[name] = hashlib.file_digest(file, "sha256").hexdigest()[:16]
+        except OSError as error:
+            remedy = "Make it as the top of ablations.py says, or name it by --data or --base"
+            raise DataError(str(path), f"cannot be read ({type(error).__name__})", remedy) from error
+    return found
+
+
+def forget(base: Path, folder: Path, *, keep_language: bool) -> Path:
+    """The base with random weights, drawn as the library draws them; `keep_language` keeps the language model's."""
     shutil.copytree(base, folder)
     config = AutoConfig.from_pretrained(base, dtype="float32")
-    LlavaForConditionalGeneration(config).save_pretrained(folder)
+    model = LlavaForConditionalGeneration(config)
+    if keep_language:
+        known = LlavaForConditionalGeneration.from_pretrained(base, dtype=torch.float32)
+        model.model.language_model.load_state_dict(known.model.language_model.state_dict())
+        model.lm_head.load_state_dict(known.lm_head.state_dict())
+    model.save_pretrained(folder)
     return folder
 
 
@@ -282,22 +367,21 @@ def redraw_added(model: CTMoEForConditionalGeneration, seed: int) -> None:
     """Other random weights in what the base does not have, for every run: conversion alone always draws the same."""
     generator = torch.Generator().manual_seed(seed)
     for name, parameter in model.named_parameters():
-        # Not what starts at one or zero, such as norms and the experts' outputs.
-        if any(part in name for part in ADDED) and parameter.std() > 0:
-            parameter.copy_(parameter.mean() + parameter.std() * torch.randn(parameter.shape, generator=generator))
+        # Not what starts at one or zero, such as norms and the experts' outputs, nor a single number.
+        if any(part in name for part in ADDED) and parameter.numel() > 1 and parameter.std() > 0:
+            drawn = torch.randn(parameter.shape, generator=generator).to(parameter.device)
+            parameter.copy_(parameter.mean() + parameter.std() * drawn)
 
 
-def train(model, processor, arm: Arm, seed: int, args: argparse.Namespace, folder: Path) -> list[int]:
-    """Both stages in memory; returns their steps."""
+def train(model, processor, arm: Arm, seed: int, args: argparse.Namespace, folder: Path) -> dict[str, int]:
+    """Both stages in memory; returns how many scans were trained on, and how many there are."""
     rows = load_rows(args.data / "train.jsonl")
-    if arm.scans is not None:
-        kept = set(sorted({row[0] for row in rows["images"]})[: arm.scans])
+    scans = sorted({row[0] for row in rows["images"]})
+    kept = set(scans[: arm.scans])
+    if len(kept) < len(scans):
         rows = rows.filter(lambda row: row["images"][0] in kept)
-    stages = stage_configs(model, arm, seed, args, folder)
-    for stage in stages:
-        prepare_stage(model, stage)
-        if arm.task_embedding:
-            model.task_embedding.requires_grad_(True)
+    for stage in stage_configs(model, arm, seed, args, folder):
+        prepare(model, arm, stage)
         data = stage_rows(rows, arm, stage, args)
         if arm.groups == "scan":
             data = data.map(lambda row: {"task": TASKS[scan_hash(row["images"][0])]})
@@ -305,12 +389,23 @@ def train(model, processor, arm: Arm, seed: int, args: argparse.Namespace, folde
             data = data.map(lambda row: {"task": None})
         data = check_tasks(data, list(model.config.tasks))
         InOrder(model=model, args=stage, train_dataset=data, processing_class=processor).train()
-    return [stage.max_steps for stage in stages]
+    return {"train_scans": len(kept), "all_train_scans": len(scans)}
+
+
+def prepare(model: CTMoEForConditionalGeneration, arm: Arm, stage: StageConfig) -> None:
+    """Make the parts of a stage trainable, with what an arm has beyond the table of stages.py."""
+    prepare_stage(model, stage)
+    if arm.trained == "everything":
+        for name, part in part_of_parameters(model).items():
+            if part in ALWAYS_FROZEN:
+                model.get_parameter(name).requires_grad_(True)
+    if arm.equal_scores:
+        model.model.slice_scoring.requires_grad_(False)  # at zero, where all slices count alike
 
 
 def stage_rows(rows: Dataset, arm: Arm, stage: StageConfig, args: argparse.Namespace) -> Dataset:
     """The rows of every step, in order. All arms see the same: packed by task as in stage 1, then as in stage 2."""
-    recipe = load_recipe(RECIPE)
+    recipe = read_recipe()
     parts = []
     for number, (half, steps) in enumerate(zip((recipe.stage1, recipe.stage2), args.steps), 1):
         if arm.two_stages and not isinstance(stage, type(half)):
@@ -337,21 +432,43 @@ def stage_configs(model, arm: Arm, seed: int, args: argparse.Namespace, folder: 
     settings = {
         "output_dir": str(folder),
         "volume_cache": str(args.data / "slices"),
-        "use_cpu": not torch.cuda.is_available(),
         "save_strategy": "no",
         "logging_steps": 50,
         "disable_tqdm": True,
         "seed": seed,
+        "per_device_train_batch_size": args.batch,
         "stage1.max_steps": args.steps[0],
         "stage2.max_steps": args.steps[1],
     }
     if arm.task_embedding or not (model.config.vision_config.moe_layers and model.config.tasks):
-        settings["stage2.train_task_groups"] = "off"
+        # Where others train their task groups, these train the experts that they have.
+        settings |= {"stage2.train_task_groups": "off", "stage2.train_shared_group": "full"}
+    if arm.trained != "recipe":
+        settings |= {f"{stage}.train_{part}": "full" for stage in ("stage1", "stage2") for part in TOWER}
+    if arm.trained == "everything":
+        settings["stage2.train_shared_group"] = "full"
     if not arm.two_stages:
-        settings |= {"stage2.train_volume_layers": "full", "stage2.train_shared_group": "full"}
+        first = read_recipe().stage1
+        modes = {part: getattr(first, f"train_{part}") for part in TRAINABLE_PARTS}
+        settings |= {f"stage2.train_{part}": mode for part, mode in modes.items() if mode not in ("frozen", "off")}
         settings["stage2.max_steps"] = sum(args.steps)
-    recipe = load_recipe(RECIPE, [f"{name}={json.dumps(value)}" for name, value in settings.items()])
+    recipe = read_recipe(settings)
+    # What stage 2 trains beyond the recipe has the rates of stage 1. Where the whole tower is trained, all of it has
+    # that of the volume layers, and what no recipe can train (input embeddings) that of its neighbours.
+    first = recipe.stage1.learning_rates
+    recipe.stage2.learning_rates = first | recipe.stage2.learning_rates
+    if arm.trained != "recipe":
+        for stage in (recipe.stage1, recipe.stage2):
+            stage.learning_rates |= dict.fromkeys((*TOWER, "other"), first["volume_layers"])
+            stage.learning_rates["input_embeddings"] = stage.learning_rates["language_model"]
     return [recipe.stage1, recipe.stage2] if arm.two_stages else [recipe.stage2]
+
+
+def read_recipe(settings: dict[str, Any] | None = None) -> TwoStageRecipe:
+    """The demo model's, for the device that is there."""
+    settings = dict(settings or {}, use_cpu=not torch.cuda.is_available())
+    settings["dataloader_num_workers"] = 1 if settings["use_cpu"] else 2  # other parts may run beside this one
+    return load_recipe(RECIPE, [f"{name}={json.dumps(value)}" for name, value in settings.items()])
 
 
 def scan_hash(name: str) -> int:
@@ -362,8 +479,10 @@ def scan_hash(name: str) -> int:
 def add_task_embedding(model: CTMoEForConditionalGeneration) -> None:
     """A vector per task on every token, before the first layer with experts."""
     tower = model.model.vision_tower
-    model.task_embedding = nn.Embedding(len(TASKS), model.config.vision_config.hidden_size)
-    nn.init.zeros_(model.task_embedding.weight)
+    embedding = nn.Embedding(len(TASKS), model.config.vision_config.hidden_size)
+    nn.init.zeros_(embedding.weight)
+    # A part of the router: trained in both stages, with the learning rate of what is new.
+    model.model.task_router.task_embedding = embedding
     chosen: list[torch.Tensor] = []
 
     def remember(module, inputs, named) -> None:
@@ -371,7 +490,7 @@ def add_task_embedding(model: CTMoEForConditionalGeneration) -> None:
 
     def add(module, inputs):
         hidden_states, num_slices, *rest = inputs
-        vectors = model.task_embedding(chosen[0].clamp(min=0)).repeat_interleave(num_slices, dim=0)
+        vectors = embedding(chosen[0].clamp(min=0)).repeat_interleave(num_slices, dim=0)
         return hidden_states + vectors[:, None].to(hidden_states.dtype), num_slices, *rest
 
     tower.register_forward_pre_hook(remember, with_kwargs=True)

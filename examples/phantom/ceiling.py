@@ -60,7 +60,8 @@ def run(data: Path, model: str, epochs: int) -> dict:
     torch.manual_seed(0)
     cache = VolumeCache(data / "slices", CTMoEProcessor.from_pretrained(model).image_processor)
     scans, targets = read(data, "train", cache)
-    network = Classifier()
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    network = Classifier().to(device)
     batches = max(1, len(scans) // 16)
     steps = epochs * batches
     optimizer = torch.optim.AdamW(network.parameters(), lr=2e-3, weight_decay=0.02)
@@ -69,14 +70,14 @@ def run(data: Path, model: str, epochs: int) -> dict:
         if step % batches == 0:
             order = torch.randperm(len(scans))
         batch = order[step % batches * 16 :][:16]
-        with torch.autocast("cpu", torch.bfloat16):
-            scores = network([scans[i] for i in batch])
-        loss = nn.functional.binary_cross_entropy_with_logits(scores.float(), targets[batch])
+        with torch.autocast(device.type, torch.bfloat16):
+            scores = network([scans[i].to(device) for i in batch])
+        loss = nn.functional.binary_cross_entropy_with_logits(scores.float(), targets[batch].to(device))
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
         schedule.step()
-    network.eval()
+    network.eval().to("cpu")
     validation, wanted = predict(network, *read(data, "validation", cache))
     thresholds = [
         max(np.unique(scores), key=lambda threshold: f1_of(scores >= threshold, truth))

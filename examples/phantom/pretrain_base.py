@@ -13,18 +13,22 @@
 # limitations under the License.
 """Pretrain a small 2D base on single slices of phantoms with captions and questions: what CT-MoE then converts.
 
-    ct-moe phantom phantoms --n 3200
+    ct-moe phantom phantoms --n 4000
     python examples/phantom/pretrain_base.py --data phantoms --out phantom-base
 
 The base is a LLaVA (CLIP tower, MLP projector, Llama) in the library's own format, made as real ones are: the tower
 learns to tell which findings, organs and phase the caption of a slice names; then all of it learns to caption and to
 answer from slices. It never sees two slices of one scan together. Cut off, the same command goes on with the tower it
 has.
+
+The language models that people convert know the words of their field before they see a volume, and so does this one:
+beside every slice it reads a training row without its scan.
 """
 
 import argparse
 import json
 import math
+import os
 import shutil
 import sys
 from collections.abc import Iterator
@@ -76,8 +80,10 @@ def main() -> None:
     parser.add_argument("--data", required=True, type=Path, help="folder written by ct-moe phantom")
     parser.add_argument("--out", required=True, type=Path, help="new folder for the base")
     parser.add_argument("--scans", type=int, default=None, help="use the slices of so many training scans")
-    parser.add_argument("--tower-steps", type=int, default=3000, help="of the tower alone, 64 slices each")
-    parser.add_argument("--steps", type=int, default=1400, help="of the whole base, 32 slices each")
+    parser.add_argument("--tower-steps", type=int, default=3000, help="of the tower alone")
+    parser.add_argument("--tower-batch", type=int, default=256, help="slices in each of them")
+    parser.add_argument("--steps", type=int, default=1400, help="of the whole base")
+    parser.add_argument("--batch", type=int, default=64, help="slices in each of them")
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
@@ -91,26 +97,28 @@ def pretrain(args: argparse.Namespace) -> None:
     """Build the base and train its parts; every finished part is kept in OUT-training until all are done."""
     work = args.out.with_name(f"{args.out.name}-training")
     dataset = SliceTexts(args.data, args.scans, args.seed)
-    if not (work / "base").exists():
+    start = work / "base"
+    if not start.exists():
         build_tiny_base(
-            work / "base", text_model="llama", vision=VISION, text=TEXT, seed=args.seed, sentences=dataset.sentences()
+            start, text_model="llama", vision=VISION, text=TEXT, seed=args.seed, sentences=dataset.sentences()
         )
-    dataset.processor = AutoProcessor.from_pretrained(work / "base")
-    model = LlavaForConditionalGeneration.from_pretrained(work / "base", dtype=torch.float32)
+    dataset.processor = AutoProcessor.from_pretrained(start)
+    model = LlavaForConditionalGeneration.from_pretrained(start, dtype=torch.float32)
     torch.manual_seed(args.seed)
     model.apply(model._init_weights)
     if args.tower_steps:
         # Named after all that it depends on: another run's tower is not taken for this one's.
-        tower = f"tower-{args.tower_steps}-{args.lr}-{args.seed}-{args.scans}.safetensors"
+        settings = (args.tower_steps, args.tower_batch, args.lr, args.seed, args.scans)
+        tower = f"tower-{'-'.join(map(str, settings))}.safetensors"
         with kept(model.model.vision_tower, work / tower) as missing:
             if missing:
-                pretrain_tower(model.model.vision_tower, dataset, args.tower_steps, args.lr)
+                pretrain_tower(model.model.vision_tower, dataset, args.tower_steps, args.tower_batch, args.lr)
     if args.steps:
         train(model, dataset, work, args)
     with new_folder(args.out) as folder:
-        shutil.copytree(work / "base", folder, dirs_exist_ok=True)
+        shutil.copytree(start, folder, dirs_exist_ok=True)
         model.save_pretrained(folder)
-    shutil.rmtree(work)
+    shutil.rmtree(work, ignore_errors=True)  # there is none where nothing was trained
 
 
 @contextmanager
@@ -130,7 +138,7 @@ def train(model: LlavaForConditionalGeneration, dataset: "SliceTexts", work: Pat
     arguments = TrainingArguments(
         output_dir=str(work),
         max_steps=args.steps,
-        per_device_train_batch_size=32,
+        per_device_train_batch_size=args.batch,
         learning_rate=args.lr,
         lr_scheduler_type="cosine",
         warmup_steps=0.05,
@@ -140,7 +148,7 @@ def train(model: LlavaForConditionalGeneration, dataset: "SliceTexts", work: Pat
         logging_steps=25,
         save_strategy="no",
         report_to="none",
-        dataloader_num_workers=1,
+        dataloader_num_workers=min(8, os.cpu_count() // 2),
         remove_unused_columns=False,
         seed=args.seed,
     )
@@ -152,29 +160,31 @@ def train(model: LlavaForConditionalGeneration, dataset: "SliceTexts", work: Pat
     ).train()
 
 
-def pretrain_tower(tower: torch.nn.Module, dataset: "SliceTexts", steps: int, lr: float) -> None:
+def pretrain_tower(tower: torch.nn.Module, dataset: "SliceTexts", steps: int, batch_size: int, lr: float) -> None:
     """Teach the vision tower which findings (by side), organs and phase a slice shows.
 
     A linear head scores every patch, and a sharp log-mean-exp over patches scores the slice, so that a small lesion is
     learned where it lies. The head is thrown away.
     """
-    head = torch.nn.Linear(VISION["hidden_size"], dataset.targets.shape[1])
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    tower.to(device)
+    head = torch.nn.Linear(VISION["hidden_size"], dataset.targets.shape[1], device=device)
     parameters = [*tower.parameters(), *head.parameters()]
     optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.05)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.1)
-    order = iter(dataset.sampler(64 * steps))
-    for _ in tqdm(range(steps), desc="vision tower"):
-        batch = torch.tensor([next(order) for _ in range(64)])
-        with torch.autocast("cpu", torch.bfloat16):
-            outputs = tower(dataset.pixel_values[batch].float(), output_hidden_states=True)
+    order = torch.tensor(list(dataset.sampler(batch_size * steps))).split(batch_size)
+    for batch in tqdm(order, desc="vision tower"):
+        with torch.autocast(device.type, torch.bfloat16):
+            outputs = tower(dataset.pixel_values[batch].to(device).float(), output_hidden_states=True)
             scores = head(outputs.hidden_states[-2][:, 1:]).float()  # what a LLaVA reads, without the class token
         scores = ((4 * scores).logsumexp(1) - math.log(scores.shape[1])) / 4
-        loss = torch.nn.functional.binary_cross_entropy_with_logits(scores, dataset.targets[batch])
+        loss = torch.nn.functional.binary_cross_entropy_with_logits(scores, dataset.targets[batch].to(device))
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
         schedule.step()
         optimizer.zero_grad()
+    tower.to("cpu")
     print(f"vision tower: loss {loss.item():.4f} in the last step")
 
 
@@ -186,18 +196,18 @@ class BalancedTrainer(Trainer):
 
 
 class SliceTexts(Dataset):
-    """Slabs of training scans, each with a conversation about it: one item per slab."""
+    """Slabs of training scans, each with a conversation about it, and a training row whose scan is not shown."""
 
     def __init__(self, data: Path, scans: int | None, seed: int):
         labels = data / "train_labels.jsonl"
         if not labels.is_file():
-            raise DataError(str(labels), "is not there", "Write phantoms first: ct-moe phantom OUT --n 3200")
+            raise DataError(str(labels), "is not there", "Write phantoms first: ct-moe phantom OUT --n 4000")
         with labels.open(encoding="utf-8") as file:
             self.labels = [json.loads(line) for line, _ in zip(file, range(scans or 10**9))]
         self.seed, self.processor = seed, None
         self.cache = VolumeCache(data / "slices", image_processor())
         paths = [data / labels["images"] for labels in self.labels]
-        with ThreadPoolExecutor(2) as threads:
+        with ThreadPoolExecutor(os.cpu_count()) as threads:
             slabs = list(tqdm(threads.map(self._read, paths), total=len(paths), desc="slices"))
         self.places = [(scan, slab, len(rows)) for scan, rows in enumerate(slabs) for slab in range(len(rows))]
         self.pixel_values = slabs[0].new_empty((len(self.places), *slabs[0].shape[1:]))
@@ -207,6 +217,7 @@ class SliceTexts(Dataset):
             self.pixel_values[first : first + len(rows)] = rows
             first += len(rows)
         self.targets, self.num_findings = self._targets()
+        self.rows = self._train_rows()
 
     def _read(self, path: Path) -> torch.Tensor:
         return torch.from_numpy(self.cache.read(str(path))["pixel_values"]).bfloat16()
@@ -215,7 +226,11 @@ class SliceTexts(Dataset):
         return len(self.places)
 
     def __getitem__(self, index: int) -> dict:
-        return {"pixel_values": self.pixel_values[index], "conversation": self.conversation(index)}
+        return {
+            "pixel_values": self.pixel_values[index],
+            "conversation": self.conversation(index),
+            "row": self.rows[torch.randint(len(self.rows), ()).item()],
+        }
 
     def slab(self, index: int) -> tuple[dict, float, float]:
         """Labels of its scan, and its ends."""
@@ -254,26 +269,29 @@ class SliceTexts(Dataset):
     def sentences(self) -> list[str]:
         """The text that the tokenizer learns from: of these slabs and of the rows about whole scans."""
         texts = [text for i in range(0, len(self), 3) for pair in self.conversation(i, self.seed) for text in pair]
-        rows = self.cache.folder.parent / "train.jsonl"
-        with rows.open(encoding="utf-8") as file:
-            for line in file:
-                row = json.loads(line)
-                texts += [row["prompt"], row["completion"]]
-        return texts
+        return texts + [text for row in self.rows for text in row]
+
+    def _train_rows(self) -> list[tuple[str, str]]:
+        """(prompt, completion) of all rows about these scans."""
+        scans = {labels["images"] for labels in self.labels}
+        with (self.cache.folder.parent / "train.jsonl").open(encoding="utf-8") as file:
+            return [(row["prompt"], row["completion"]) for row in map(json.loads, file) if row["images"] in scans]
 
     def collate(self, items: list[dict]) -> dict[str, torch.Tensor]:
         tokenizer = self.processor.tokenizer
-        tokens = (VISION["image_size"] // VISION["patch_size"]) ** 2
+        image = "<image>" * (VISION["image_size"] // VISION["patch_size"]) ** 2 + "\n"
+        conversations = [(image, item["conversation"]) for item in items]
+        conversations += [("", [item["row"]]) for item in items]
         encoded = []
-        for item in items:
+        for image, conversation in conversations:
             ids, labels = [], []
-            for turn, (prompt, answer) in enumerate(item["conversation"]):
-                image = "<image>" * tokens + "\n" if turn == 0 else ""
+            for prompt, answer in conversation:
                 asked = tokenizer(f"<|user|>\n{image}{prompt}<|end|>\n<|assistant|>\n")["input_ids"]
                 said = tokenizer(f"{answer}<|end|>")["input_ids"]
                 gap = tokenizer("\n")["input_ids"]
                 ids += asked + said + gap
                 labels += [-100] * len(asked) + said + [-100] * len(gap)
+                image = ""
             encoded.append((ids, labels))
         length = max(len(ids) for ids, _ in encoded)
         pad = tokenizer.pad_token_id

@@ -35,17 +35,24 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from ablations import arms
+from ablations import (
+    EXPERTS,
+    REUSE,
+    SCARCITY,
+    active_expert_parameters,
+    arms,
+    vision_config,
+)
 
 from ct_moe import CTMoEError, DataError
 from ct_moe.trainers.evaluation.bootstrap import bootstrap_interval, paired_bootstrap_interval
+from ct_moe.trainers.evaluation.cut_numbers import cut, cut_percent
 
 
+KEPT = ("steps", "batch", "train_scans", "all_train_scans", "device", "threads", "seconds", "seconds_training")
 REFERENCE = ("c", "both levels")
 WRONG_GROUP = ("c", "both levels, wrong group forced")
-# Trains as the reference does, whose runs stand in for those that it does not have.
-SAME_AS_REFERENCE = ("a", "reused, all scans")
-SCARCITY = (50, 200, 800, None)
+MEAN_POOLING = ("e", "mean pooling")
 RULE = """\
 Accuracy in percent on closed questions about synthetic scans (phantoms) that no training saw, unless a column says
 otherwise. Phantoms tell how the parts of this model compare, not how it reads patients. Numbers are cut after the
@@ -96,11 +103,13 @@ class Run:
     Attributes:
         right: 1 or 0.
         groups: index of the expert group; `None` without groups.
+        report_groups: that of every report, where it was noted.
     """
 
     parameters: int
     right: np.ndarray
     groups: list[int | None]
+    report_groups: list[int]
 
 
 @dataclass
@@ -108,20 +117,23 @@ class Results:
     """All runs, by arm and seed.
 
     Attributes:
-        records: as read, once each, for the time they took.
+        records: as read, once each, without the scores: what was trained on what, and for how long.
         questions: of each, `images`, `kind`, `topic` (first word of the template, "open" aside) and `closed` (bool).
         planned: seeds of each arm.
-        borrowed: how many runs of an arm are those of the reference.
     """
 
     records: list[dict[str, Any]]
     questions: list[dict[str, Any]]
     runs: dict[tuple[str, str], dict[int, Run]]
     planned: dict[tuple[str, str], int]
-    borrowed: dict[tuple[str, str], int]
 
     def where(self, test: Callable[[dict], bool]) -> np.ndarray:
         return np.array([test(question) for question in self.questions], dtype=bool)
+
+    @property
+    def all_scans(self) -> int:
+        """How many training scans all of them are."""
+        return self.records[0]["all_train_scans"]
 
     @property
     def closed(self) -> np.ndarray:
@@ -153,21 +165,20 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("phantom-ablations"), help="--out of ablations.py")
     parser.add_argument("--write", type=Path, default=Path(__file__).parent, help="folder for the table and plots")
-    parser.add_argument("--all-scans", type=int, default=1600, help="how many scans all of them are (for the plot)")
     args = parser.parse_args()
     try:
-        write_results(args.out, args.write, args.all_scans)
+        write_results(args.out, args.write)
     except CTMoEError as error:
         sys.exit(f"results: error: {error}")
 
 
-def write_results(out: Path, folder: Path, all_scans: int = 1600) -> None:
+def write_results(out: Path, folder: Path) -> None:
     """Read OUT/test and write ABLATIONS.md and both plots into `folder`."""
     results = read_runs(out)
     pyplot = load_pyplot()  # before anything is written
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "ABLATIONS.md").write_text(table(results, out), encoding="utf-8")
-    plot_scarcity(results, folder / "scarcity.png", all_scans, pyplot)
+    plot_scarcity(results, folder / "scarcity.png", pyplot)
     plot_arms(results, folder / "arms.png", pyplot)
 
 
@@ -176,15 +187,20 @@ def claims() -> list[Claim]:
     own = {letter: [(arm.question, arm.name) for arm in arms() if arm.question == letter] for letter in "abcdef"}
     found = []
 
-    pairs = [(("a", f"reused, {n or 'all'} scans"), ("a", f"from scratch, {n or 'all'} scans")) for n in SCARCITY]
+    reuse = []
+    for scans in (f"{number or 'all'} scans" for number in SCARCITY):
+        reused, *others = (("a", f"{name}, {scans}") for name in REUSE)
+        reuse += [Comparison(reused, other, row=other, label=f"minus {other[1]}") for other in others]
     found.append(
         Claim(
             "a",
             "Pretrained 2D weights help, at every number of training scans",
-            "Reused minus from scratch",
+            "Reused minus this, same scans",
             own["a"],
-            [Comparison(*pair, row=pair[1], label=pair[1][1].removeprefix("from scratch, ")) for pair in pairs],
-            "Plot: [scarcity.png](scarcity.png). `reused, all scans` trains as `both levels` of (c) does.",
+            reuse,
+            "Plot: [scarcity.png](scarcity.png). `vision from scratch`: vision tower and projector are drawn anew, "
+            "the language model is kept; `from scratch`: all is drawn anew. In all of these arms everything is "
+            "trained in both stages, input embeddings too.",
         )
     )
     volume = []
@@ -201,7 +217,8 @@ def claims() -> list[Claim]:
             "Upper half minus this, same pz",
             own["b"],
             volume,
-            "Without experts. `all, no rotary` differs from `upper half` in two ways and counts for no verdict.",
+            "Without experts; the whole vision tower is trained in both stages. `all, no rotary` differs from `upper "
+            "half` in two ways and counts for no verdict.",
         )
     )
     found.append(
@@ -211,7 +228,12 @@ def claims() -> list[Claim]:
             "Both levels minus this",
             [REFERENCE, WRONG_GROUP, *own["c"][1:]],
             [Comparison(REFERENCE, row, row, row[1]) for row in [WRONG_GROUP, *own["c"][1:]]],
-            "`wrong group forced` is the same models, scored with the next task's group.",
+            "`wrong group forced` is the same models, scored with the next task's group. `dense with a task "
+            "embedding` is told the true task, at test too; its parameters include task groups that take no part. "
+            f"`task level` has one expert per group, {EXPERTS} times as wide: a token goes through "
+            f"{expert_ratio('task level')} times the expert parameters that it goes through in `both levels`, and in "
+            f"`dense, equal total` through {expert_ratio('dense, equal total')} times. Arms without task groups train "
+            "their experts in both stages. `both levels, groups by scan` is told the group, at test too.",
         )
     )
     found.append(
@@ -228,9 +250,14 @@ def claims() -> list[Claim]:
             "e",
             "Slice scores by the prompt (TG-IS) are better than mean pooling",
             "This minus mean pooling",
-            [REFERENCE, *own["e"]],
-            [Comparison(row, REFERENCE, row, f"{row[1]}, minus mean pooling") for row in own["e"]],
-            "`both levels` is the arm with mean pooling.",
+            own["e"],
+            [
+                Comparison(row, MEAN_POOLING, row, f"{row[1]}, minus mean pooling")
+                for row in own["e"]
+                if row != MEAN_POOLING
+            ],
+            "All arms pool the 3D features over all slices and append 2D features, weighted by slice: by the scores, "
+            "or equally in `mean pooling`.",
         )
     )
     found.append(
@@ -240,13 +267,19 @@ def claims() -> list[Claim]:
             "Both levels minus this",
             [REFERENCE, *own["f"]],
             [Comparison(REFERENCE, row, row, f"both levels minus {row[1]}") for row in own["f"]],
-            "The last columns show what the group that the prompt chose has in common with the form of the question "
-            "(closed or open) and with what is asked (first word of the template): normalised mutual information, "
-            "2 I / (H + H), in percent, mean over seeds and lowest to highest. 0: independent; 100: one tells the "
-            "other.",
+            "The last columns show what the group that the prompt chose has in common with the task (report, closed "
+            "or open question; each counts alike) and, for questions, with what is asked (first word of the "
+            "template): normalised mutual information, 2 I / (H + H), in percent, mean over seeds and lowest to "
+            "highest. 0: independent; 100: one tells the other.",
         )
     )
     return found
+
+
+def expert_ratio(name: str) -> str:
+    """Active expert parameters per token of an arm of (c), over those of the reference."""
+    active = {arm.name: active_expert_parameters(vision_config(arm)) for arm in arms() if arm.question == "c"}
+    return cut(active[name] / active[REFERENCE[1]])
 
 
 # Reading -----------------------------------------------------------------------------------------------------------
@@ -260,8 +293,9 @@ def read_runs(out: Path) -> Results:
     files = sorted((out / "test").glob("*.json"))
     if not files:
         raise DataError(str(out / "test"), "no run is there", f"Run: python examples/phantom/ablations.py --out {out}")
-    results = Results([], [], {}, planned, {})
+    results = Results([], [], {}, planned)
     first: list[tuple] = []
+    common: dict[str, Any] = {}
     for file in files:
         try:
             record = json.loads(file.read_text(encoding="utf-8"))
@@ -273,8 +307,9 @@ def read_runs(out: Path) -> Results:
             scored = {arm: _scored(record["scores"])}
             if "wrong_group" in record:
                 scored[WRONG_GROUP] = _scored(record["wrong_group"])
-            kept = {name: record[name] for name in ("seconds", "seconds_training", "threads")}
-            kept["steps"] = sum(record["steps"])
+            kept = {name: record[name] for name in KEPT}
+            trained = _same_in_all(record)
+            report_groups = record["report_groups"] if arm in plan and plan[arm].report_groups else []
         except (ValueError, KeyError, TypeError) as error:
             finding = f"is no record of a run ({type(error).__name__}: {error})"
             raise DataError(file.name, finding, "Remove it, and run ablations.py again") from error
@@ -283,6 +318,14 @@ def read_runs(out: Path) -> Results:
             raise DataError(file.name, f"{run} is not among the runs that ablations.py plans", "Move it elsewhere")
         if seed in results.runs.get(arm, {}):
             raise DataError(file.name, f"{run} is there twice", "Keep one of the files")
+        results.records.append(kept)
+        common = common or trained
+        for name, value in trained.items():
+            if value != common[name]:
+                finding = f"{name}: {value}, but {common[name]} in {files[0].name}"
+                raise DataError(
+                    file.name, finding, "Arms are compared alike: run all with the same files and settings"
+                )
         first = first or [answer.key for answer in scored[arm][0]]
         for name, (answers, told) in scored.items():
             if [answer.key for answer in answers] != first:
@@ -294,20 +337,20 @@ def read_runs(out: Path) -> Results:
                 finding = f"its answers give the accuracy {closed:.4f}, its scores say {told:.4f}"
                 raise DataError(file.name, finding, "Remove it, and run ablations.py again")
             groups = [answer.group for answer in answers]
-            results.runs.setdefault(name, {})[seed] = Run(parameters, right, groups)
-        results.records.append(kept)
-        if kept["steps"] != results.records[0]["steps"]:
-            finding = f"was trained for {kept['steps']} steps, {files[0].name} for {results.records[0]['steps']}"
-            raise DataError(file.name, finding, "Arms are compared with the same budget: use the same --steps")
+            results.runs.setdefault(name, {})[seed] = Run(parameters, right, groups, report_groups)
     results.questions = [
         {"images": answer.key[0], "kind": answer.kind, "topic": answer.topic, "closed": not answer.is_open}
         for answer in answers
     ]
-    own = results.runs.setdefault(SAME_AS_REFERENCE, {})
-    lent = [seed for seed in results.runs.get(REFERENCE, {}) if seed < planned[SAME_AS_REFERENCE] and seed not in own]
-    own.update({seed: results.runs[REFERENCE][seed] for seed in lent})
-    results.borrowed[SAME_AS_REFERENCE] = len(lent)
     return results
+
+
+def _same_in_all(record: dict[str, Any]) -> dict[str, Any]:
+    """What runs must have in common, by its name in words."""
+    first, second = record["steps"]
+    found = {"steps of stage 1": first, "steps of stage 2": second, "rows per step": record["batch"]}
+    # `base` is what was forgotten where an arm starts from scratch.
+    return found | {f"hash of {name}": record["hashes"][name] for name in ("base", "train", "test", "recipe")}
 
 
 @dataclass
@@ -365,12 +408,13 @@ def accuracy(results: Results, arm: tuple[str, str], seeds: Sequence[int], chose
     return float(right.mean()), bootstrap_interval(right.mean(0), results.scans(chosen)), right.mean(1).tolist()
 
 
-def mutual_information(a: Sequence, b: Sequence) -> float:
+def mutual_information(a: Sequence, b: Sequence, weights: Sequence[float] | None = None) -> float:
     """Normalised by the mean of both entropies: 0 to 1, and 0 where one of the two never changes."""
     _, rows = np.unique(np.asarray(a).astype(str), return_inverse=True)
     _, columns = np.unique(np.asarray(b).astype(str), return_inverse=True)
     joint = np.zeros((rows.max() + 1, columns.max() + 1))
-    np.add.at(joint, (rows, columns), 1 / len(rows))
+    weights = np.ones(len(rows)) if weights is None else np.asarray(weights)
+    np.add.at(joint, (rows, columns), weights / weights.sum())
 
     def entropy(shares: np.ndarray) -> float:
         shares = shares[shares > 0]
@@ -382,18 +426,12 @@ def mutual_information(a: Sequence, b: Sequence) -> float:
     return max(0.0, 2 * (of_rows + of_columns - entropy(joint.ravel())) / (of_rows + of_columns))
 
 
-def cut(share: float, sign: bool = False) -> str:
-    """Percent, cut after the first decimal. `round` only undoes what binary fractions do to 0.29."""
-    number = math.trunc(round(1000 * share, 6)) / 10 + 0.0  # no -0.0
-    return f"{number:+.1f}" if sign else f"{number:.1f}"
-
-
 def interval_text(interval: tuple[float, float]) -> str:
-    return f"[{cut(interval[0])}, {cut(interval[1])}]"
+    return f"[{cut_percent(interval[0])}, {cut_percent(interval[1])}]"
 
 
 def spread(values: Sequence[float], sign: bool = False) -> str:
-    return f"{cut(min(values), sign)} to {cut(max(values), sign)}"
+    return f"{cut_percent(min(values), sign)} to {cut_percent(max(values), sign)}"
 
 
 # Text --------------------------------------------------------------------------------------------------------------
@@ -413,21 +451,40 @@ def table(results: Results, out: Path) -> str:
         if claim.note:
             lines += [claim.note, ""]
         lines += claim_table(results, claim)
-    command = f"python examples/phantom/ablations.py --out {out}\npython examples/phantom/results.py --out {out}"
-    lines += ["", "## The command", "", "```bash", command, "```"]
+    lines += ["", "## The commands", "", "```bash", *commands(results, out), "```"]
     return "\n".join(lines) + "\n"
 
 
+def commands(results: Results, out: Path) -> list[str]:
+    """How to get these runs again; folders are named, not where they lie on this machine."""
+    record = results.records[0]
+    first, second = record["steps"]
+    return [
+        "python examples/phantom/pretrain_base.py --data phantoms --out phantom-base",
+        "python examples/phantom/ablations.py --data phantoms --base phantom-base \\",
+        f"    --steps {first} {second} --batch {record['batch']} --out {out.name}",
+        f"python examples/phantom/results.py --out {out.name} --write examples/phantom",
+    ]
+
+
 def time_spent(records: list[dict[str, Any]]) -> str:
-    threads = Counter(record["threads"] for record in records)
-    counts = ", ".join(f"{runs} with {number} thread{'s'[: number != 1]}" for number, runs in sorted(threads.items()))
-    hours, training = (sum(record[key] for record in records) / 3600 for key in ("seconds", "seconds_training"))
-    cores = sum(record["seconds"] * record["threads"] for record in records) / 3600
-    steps = records[0]["steps"]
-    return (
-        f"{len(records)} run{'s'[: len(records) != 1]} of {steps} steps ({counts}) took {cut(hours / 100)} h of "
-        f"machine time, {cut(training / 100)} h of it for training; times threads, {cut(cores / 100)} core hours."
-    )
+    first, second = records[0]["steps"]
+    text = f"{counted(len(records), 'run')} of {first} + {second} steps with {records[0]['batch']} rows each took"
+    devices: dict[tuple[str, int], list[dict[str, Any]]] = {}
+    for record in records:
+        devices.setdefault((record["device"], record["threads"]), []).append(record)
+    parts = []
+    for (device, threads), own in sorted(devices.items()):
+        hours, training = (cut(sum(record[key] for record in own) / 3600) for key in ("seconds", "seconds_training"))
+        parts.append(
+            f"{hours} h of machine time, {training} h of it for training "
+            f"({counted(len(own), 'run')} on {device}, {counted(threads, 'thread')})"
+        )
+    return f"{text} {'; '.join(parts)}."
+
+
+def counted(number: int, name: str) -> str:
+    return f"{number} {name}{'s'[: number != 1]}"
 
 
 def sentence(results: Results, claim: Claim) -> str:
@@ -440,7 +497,7 @@ def sentence(results: Results, claim: Claim) -> str:
             parts.append(f"{comparison.label}: {not_comparable(results, comparison)}")
             verdicts.append("not run yet")
             continue
-        text = f"difference {cut(found.mean, True)} {interval_text(found.interval)}: **{found.verdict}**"
+        text = f"difference {cut_percent(found.mean, True)} {interval_text(found.interval)}: **{found.verdict}**"
         if not found.verdict.startswith("cannot") and min(found.per_seed) * max(found.per_seed) <= 0:
             text += ", though not with every seed"
         if len(found.per_seed) < found.planned:
@@ -462,26 +519,31 @@ def not_comparable(results: Results, comparison: Comparison) -> str:
 def claim_table(results: Results, claim: Claim) -> list[str]:
     heads = ["Arm", "Seeds", "Parameters", "Closed", "Closed by seed", "Between slices", "Open"]
     heads += [claim.difference, "Difference by seed"]
-    groups = claim.letter == "f"
-    heads += ["Group and form", "Group and what is asked"] if groups else []
+    groups, experts = claim.letter == "f", claim.letter == "c"
+    if experts:
+        heads.insert(3, "Expert parameters per token")
+    heads += ["Group and task", "Group and what is asked"] if groups else []
     lines = [f"| {' | '.join(heads)} |", f"|---|{'---:|' * (len(heads) - 1)}"]
     shown = {comparison.row: comparison for comparison in claim.comparisons}
+    plan = {(arm.question, arm.name): arm for arm in arms()}
+    plan[WRONG_GROUP] = plan[REFERENCE]
     for arm in claim.rows:
         planned, seeds = seeds_in(results, claim, arm)
         cells = [arm[1] if arm != REFERENCE else f"**{arm[1]}**", f"{len(seeds)} of {planned}"]
-        if borrowed := results.borrowed.get(arm):
-            cells[1] += f" ({borrowed} of `{REFERENCE[1]}`)"
+        active = [f"{active_expert_parameters(vision_config(plan[arm])):,}"] if experts else []
         if not seeds:
-            lines.append(f"| {' | '.join([*cells, '-', 'not run yet', *['-'] * (len(heads) - 4)])} |")
+            cells += ["-", *active, "not run yet"]
+            lines.append(f"| {' | '.join([*cells, *['-'] * (len(heads) - len(cells))])} |")
             continue
         mean, interval, per_seed = accuracy(results, arm, seeds, results.closed)
         between = results.where(lambda question: question["closed"] and question["kind"] == "between_slices")
         cells += [
             " / ".join(f"{count:,}" for count in sorted({results.runs[arm][seed].parameters for seed in seeds})),
-            f"{cut(mean)} {interval_text(interval)}",
+            *active,
+            f"{cut_percent(mean)} {interval_text(interval)}",
             spread(per_seed),
             *(
-                cut(results.right(arm, seeds, chosen).mean()) if chosen.any() else "-"
+                cut_percent(results.right(arm, seeds, chosen).mean()) if chosen.any() else "-"
                 for chosen in (between, ~results.closed)
             ),
         ]
@@ -489,7 +551,7 @@ def claim_table(results: Results, claim: Claim) -> list[str]:
         if found is None:
             cells += [not_comparable(results, shown[arm]) if arm in shown else "-", "-"]
         else:
-            cells += [f"{cut(found.mean, True)} {interval_text(found.interval)}", spread(found.per_seed, True)]
+            cells += [f"{cut_percent(found.mean, True)} {interval_text(found.interval)}", spread(found.per_seed, True)]
         if groups:
             cells += group_cells(results, arm, seeds)
         lines.append(f"| {' | '.join(cells)} |")
@@ -505,18 +567,29 @@ def seeds_in(results: Results, claim: Claim, arm: tuple[str, str]) -> tuple[int,
 
 
 def group_cells(results: Results, arm: tuple[str, str], seeds: Sequence[int]) -> list[str]:
-    cells = []
-    for name in ("closed", "topic"):
-        asked = [question[name] for question in results.questions]
-        found = [mutual_information(results.runs[arm][seed].groups, asked) for seed in seeds]
-        cells.append(f"{cut(float(np.mean(found)))} ({spread(found)})")
-    return cells
+    topics = [question["topic"] for question in results.questions]
+    forms = ["vqa_closed" if question["closed"] else "vqa_open" for question in results.questions]
+    by_task, by_topic = [], []
+    for run in (results.runs[arm][seed] for seed in seeds):
+        tasks = ["report"] * len(run.report_groups) + forms
+        counts = Counter(tasks)
+        # Every task counts alike: there are far more questions than reports.
+        weights = [1 / counts[task] for task in tasks]
+        by_task.append(mutual_information(run.report_groups + run.groups, tasks, weights))
+        by_topic.append(mutual_information(run.groups, topics))
+    return [f"{cut_percent(float(np.mean(found)))} ({spread(found)})" for found in (by_task, by_topic)]
 
 
 # Plots -------------------------------------------------------------------------------------------------------------
 
 
-COLOURS = {"reused": "#0b6e99", "from scratch": "#c8553d", "other": "#4a4a4a", "missing": "#9a9a9a"}
+COLOURS = {
+    "reused": "#0b6e99",
+    "vision from scratch": "#d9a441",
+    "from scratch": "#c8553d",
+    "other": "#4a4a4a",
+    "missing": "#9a9a9a",
+}
 
 
 def load_pyplot():
@@ -528,14 +601,16 @@ def load_pyplot():
     return import_module("matplotlib.pyplot")
 
 
-def plot_scarcity(results: Results, file: Path, all_scans: int, pyplot) -> None:
+def plot_scarcity(results: Results, file: Path, pyplot) -> None:
     """Accuracy by the number of training scans."""
     figure, axes = pyplot.subplots(figsize=(8.4, 4.8), layout="constrained")
-    for name in ("reused", "from scratch"):
+    # As many as there are, where a data set has fewer.
+    ticks = [min(scans or results.all_scans, results.all_scans) for scans in SCARCITY]
+    for name in REUSE:
         points = []
-        for scans in SCARCITY:
+        for scans, tick in zip(SCARCITY, ticks):
             arm = ("a", f"{name}, {scans or 'all'} scans")
-            points.append([scans or all_scans, *[np.nan] * 3])  # a gap where nothing was run
+            points.append([tick, *[np.nan] * 3])  # a gap where nothing was run
             if seeds := sorted(results.runs.get(arm, {})):
                 mean, interval, _ = accuracy(results, arm, seeds, results.closed)
                 points[-1][1:] = 100 * mean, 100 * interval[0], 100 * interval[1]
@@ -546,7 +621,6 @@ def plot_scarcity(results: Results, file: Path, all_scans: int, pyplot) -> None:
             # The band is seen between neighbours only; a point without neighbours needs a line.
             axes.vlines(x, low, high, color=COLOURS[name], alpha=0.5, linewidth=1.2)
             axes.plot(x, y, marker="o", color=COLOURS[name], label=label)
-    ticks = [scans or all_scans for scans in SCARCITY]
     axes.set_xscale("log")
     axes.set_xticks(ticks, [str(scans) for scans in ticks])
     axes.set_xticks([], minor=True)

@@ -13,7 +13,7 @@
 # limitations under the License.
 """Train the demo model: convert the pretrained base, run both stages of recipe.yaml, write bfloat16 weights.
 
-    ct-moe phantom phantoms --n 3200 --validation 100 --test 320
+    ct-moe phantom phantoms --n 4000 --validation 100 --test 320
     python examples/phantom/pretrain_base.py --data phantoms --out phantom-base
     python examples/phantom/train_demo.py --data phantoms --base phantom-base --out demo_model
 
@@ -27,6 +27,7 @@ import os
 import sys
 from pathlib import Path
 
+import torch
 from pretrain_base import SLICES
 
 import ct_moe
@@ -53,13 +54,14 @@ def main() -> None:
         model = args.work / "converted"
         if not model.exists():
             make_model(args.base, model, **SETTINGS)
-        places = {
-            "model": model,
-            "train_data": args.data / "train.jsonl",
-            "output_dir": args.work,
-            "volume_cache": args.data / "slices",
+        settings = {
+            "model": str(model),
+            "train_data": str(args.data / "train.jsonl"),
+            "output_dir": str(args.work),
+            "volume_cache": str(args.data / "slices"),
+            "use_cpu": not torch.cuda.is_available(),
         }
-        recipe = load_recipe(args.recipe, [f"{name}={json.dumps(str(place))}" for name, place in places.items()])
+        recipe = load_recipe(args.recipe, [f"{name}={json.dumps(value)}" for name, value in settings.items()])
         save_small(train_two_stage(recipe=recipe), args.out)
     except CTMoEError as error:
         sys.exit(f"train_demo: error: {error}")

@@ -50,7 +50,7 @@ def demo_model(folder):
     recipe = (EXAMPLES / "recipe.yaml").read_text(encoding="utf-8")
     recipe, stages = re.subn(r"max_steps: \d+", "max_steps: 2", recipe)
     assert stages == 2
-    recipe = recipe.replace("train_batch_size: 16", "train_batch_size: 4")
+    recipe = recipe.replace("train_batch_size: 32", "train_batch_size: 4")
     (folder / "recipe.yaml").write_text(recipe, encoding="utf-8")
     run(folder, EXAMPLES / "train_demo.py", "--recipe", "recipe.yaml", "--out", "demo_model")
     return folder / "demo_model"
@@ -89,7 +89,7 @@ def test_demo_model_is_measured_with_controls_and_a_ceiling(folder, demo_model):
 
 
 def test_every_arm_of_the_ablations_runs_and_is_not_run_twice(folder):
-    command = [EXAMPLES / "ablations.py", "--out", "ablations", "--steps", 1, 1, "--seeds", 1]
+    command = [EXAMPLES / "ablations.py", "--out", "ablations", "--steps", 1, 1, "--batch", 2, "--seeds", 1]
     planned = run(folder, *command, "--list").splitlines()
     assert planned
     assert all(line.startswith("-") for line in planned)
@@ -103,6 +103,10 @@ def test_every_arm_of_the_ablations_runs_and_is_not_run_twice(folder):
     for file in files:
         record = json.loads(file.read_text(encoding="utf-8"))
         sizes[record["arm"]["name"]] = record["parameters"]
+        assert record["steps"] == [1, 1]
+        assert record["all_train_scans"] == 6
+        assert ("report_groups" in record) == (record["arm"]["name"] in ("both levels", "label-free routing"))
+        assert len(record.get("report_groups", [0] * 4)) == 4  # scans
     # Equal totals: what differs are routers and biases.
     assert sizes["dense, equal total"] == pytest.approx(sizes["both levels"], rel=0.05)
     assert sizes["token level"] == pytest.approx(sizes["both levels"], rel=0.05)

@@ -30,6 +30,8 @@ SCANS = 20
 # Per scan: template, kind.
 ASKED = [("count nodule", "between_slices"), ("where nodule", "place"), ("open presence ascites", "presence")]
 BOTH = ("c", "both levels")
+FREE = ("f", "label-free routing")
+HASHES = {"base": "0a", "train": "0b", "test": "0c", "recipe": "0d"}
 
 
 @pytest.fixture(scope="module")
@@ -68,11 +70,17 @@ def write(out: Path, arm: tuple[str, str], seed: int, right, **more) -> Path:
         "arm": {"question": arm[0], "name": arm[1]},
         "seed": seed,
         "steps": [2, 1],
+        "batch": 4,
+        "train_scans": 900,
+        "all_train_scans": 900,
+        "hashes": HASHES,
         "parameters": 1_234_567,
+        "device": "CPU",
         "threads": 2,
         "seconds": 3600.0,
         "seconds_training": 1800.0,
         "scores": right if isinstance(right, dict) else scores(right),
+        **({"report_groups": [0] * SCANS} if arm in (BOTH, FREE) else {}),
         **more,
     }
     file = out / "test" / f"{arm[0]}_{''.join(c if c.isalnum() else '-' for c in arm[1])}_{seed}.json"
@@ -107,7 +115,7 @@ def two_seeds(tmp_path) -> Path:
     write(tmp_path, BOTH, 0, share(3, 4), wrong_group=wrong)
     write(tmp_path, BOTH, 1, share(4, 4), wrong_group=wrong)
     write(tmp_path, ("d", "one stage"), 0, share(1, 4))
-    write(tmp_path, ("d", "one stage"), 1, share(2, 4), steps=[3])
+    write(tmp_path, ("d", "one stage"), 1, share(2, 4))
     return tmp_path
 
 
@@ -180,15 +188,19 @@ def test_the_verdict_follows_the_interval(results, interval, verdict):
 def test_the_sign_speaks_for_the_claim(results, tmp_path):
     """TG-IS is claimed to be the better one, and is worse here; reuse and labels are better."""
     write(tmp_path, BOTH, 0, share(3, 4))
+    write(tmp_path, ("e", "mean pooling"), 0, share(3, 4))
     write(tmp_path, ("e", "TG-IS, published"), 0, share(1, 4))
     write(tmp_path, ("f", "label-free routing"), 0, share(1, 4))
     write(tmp_path, ("a", "reused, 50 scans"), 0, share(3, 4))
     write(tmp_path, ("a", "from scratch, 50 scans"), 0, share(1, 4))
+    write(tmp_path, ("a", "vision from scratch, 50 scans"), 0, share(4, 4))
     text = results.table(results.read_runs(tmp_path), tmp_path)
     assert "TG-IS, published, minus mean pooling: difference -50.0 [" in sentence_of(text, "e")
     assert "does not hold in 1, not run yet in 1 of 2" in sentence_of(text, "e")
     assert "**holds**" in sentence_of(text, "f")
-    assert "50 scans: difference +50.0 [" in sentence_of(text, "a")
+    assert "minus from scratch, 50 scans: difference +50.0 [" in sentence_of(text, "a")
+    assert "minus vision from scratch, 50 scans: difference -25.0 [" in sentence_of(text, "a")
+    assert "holds in 1, does not hold in 1, not run yet in 4 of 6" in sentence_of(text, "a")
 
 
 def test_seeds_that_disagree_are_told(results, tmp_path):
@@ -215,22 +227,44 @@ def test_no_arm_is_left_out(results, two_seeds):
         cells = row_of(text, arm.question, arm.name)
         if arm.name in ("both levels", "one stage"):
             assert cells[1] == "2 of 5"
-        elif arm.name == "reused, all scans":
-            assert cells[1] == "2 of 3 (2 of `both levels`)"  # which is trained alike
         else:
             assert cells[1] == f"0 of {arm.seeds}"
-            assert cells[3] == "not run yet"
+            assert cells[4 if arm.question == "c" else 3] == "not run yet"
     assert row_of(text, "c", "both levels, wrong group forced")[1] == "2 of 5"
-    assert row_of(text, "c", "both levels, wrong group forced")[7].startswith("+62.5 [")
-    assert row_of(text, "e", "both levels")[1] == "2 of 3"  # seeds 0 to 2
+    assert row_of(text, "c", "both levels, wrong group forced")[8].startswith("+62.5 [")
+    assert row_of(text, "f", "both levels")[1] == "2 of 3"  # seeds 0 to 2
     assert "50 scans: not run yet" in sentence_of(text, "a")
 
 
-def test_own_runs_come_before_those_of_the_reference(results, two_seeds):
-    write(two_seeds, ("a", "reused, all scans"), 0, share(0, 4))
-    read = results.read_runs(two_seeds)
-    assert read.borrowed == {("a", "reused, all scans"): 1}
-    assert read.runs["a", "reused, all scans"][0].right.sum() == 0
+def test_every_scan_count_is_compared_with_both_kinds_of_scratch(results):
+    found = next(claim for claim in results.claims() if claim.letter == "a").comparisons
+    pairs = [(comparison.better[1], comparison.worse[1]) for comparison in found]
+    counts = ("50 scans", "400 scans", "all scans")
+    names = ("vision from scratch", "from scratch")
+    assert pairs == [(f"reused, {count}", f"{name}, {count}") for count in counts for name in names]
+    assert all(comparison.judged for comparison in found)
+
+
+def test_slice_scores_are_compared_with_their_mean(results):
+    claim = next(claim for claim in results.claims() if claim.letter == "e")
+    assert [name for _, name in claim.rows] == ["mean pooling", "TG-IS, published", "TG-IS, normalised"]
+    assert [(comparison.better, comparison.worse) for comparison in claim.comparisons] == [
+        (row, ("e", "mean pooling")) for row in claim.rows[1:]
+    ]
+
+
+def test_active_expert_parameters_are_told(results, two_seeds):
+    text = results.table(results.read_runs(two_seeds), two_seeds)
+    # One MoE layer of width 192; experts of width 48 with biases, two per token.
+    both = 2 * (2 * 192 * 48 + 48 + 192)
+    for name in ("both levels", "token level", "both levels, wrong group forced"):
+        assert row_of(text, "c", name)[3] == f"{both:,}"
+    wide = 2 * (2 * 192 * 192 + 192 + 192)
+    assert row_of(text, "c", "task level")[3] == f"{wide:,}"
+    assert f"{int(10 * wide / both) / 10} times the expert parameters" in text
+    assert row_of(text, "c", "dense, equal active")[3] == f"{2 * 192 * 96 + 96 + 192:,}"
+    assert row_of(text, "c", "dense with a task embedding")[3] == f"{2 * 192 * 96 + 96 + 192:,}"
+    assert "Expert parameters" not in text.split("## (d)")[1]
 
 
 def test_arms_without_a_seed_in_common(results, two_seeds):
@@ -239,11 +273,26 @@ def test_arms_without_a_seed_in_common(results, two_seeds):
     assert sentence_of(text, "f").endswith("no seed of both yet.")
 
 
-def test_time_and_threads(results, two_seeds):
+def test_time_by_device(results, two_seeds):
+    write(two_seeds, FREE, 0, share(1, 4), device="NVIDIA X", threads=8, seconds=1000.0, seconds_training=700.0)
     text = results.table(results.read_runs(two_seeds), two_seeds)
-    assert "4 runs of 3 steps (4 with 2 threads) took 4.0 h of machine time, 2.0 h of it for training" in text
-    assert "8.0 core hours" in text
-    assert f"python examples/phantom/ablations.py --out {two_seeds}" in text
+    assert "5 runs of 2 + 1 steps with 4 rows each took 4.0 h of machine time, 2.0 h of it for training" in text
+    assert "(4 runs on CPU, 2 threads)" in text
+    # 0.277 and 0.194 h.
+    assert "; 0.2 h of machine time, 0.1 h of it for training (1 run on NVIDIA X, 8 threads)." in text
+
+
+def test_the_commands_are_whole(results, two_seeds):
+    text = results.table(results.read_runs(two_seeds), two_seeds)
+    commands = text.split("```bash\n")[1].split("\n```")[0].replace("\\\n", " ")
+    base, ablations, tables = [" ".join(line.split()) for line in commands.splitlines()]
+    assert base == "python examples/phantom/pretrain_base.py --data phantoms --out phantom-base"
+    assert ablations == (
+        "python examples/phantom/ablations.py --data phantoms --base phantom-base --steps 2 1 --batch 4 "
+        f"--out {two_seeds.name}"
+    )
+    assert tables == f"python examples/phantom/results.py --out {two_seeds.name} --write examples/phantom"
+    assert str(two_seeds) not in text
 
 
 def test_mutual_information(results):
@@ -253,28 +302,49 @@ def test_mutual_information(results):
     assert results.mutual_information([None] * 4, ["x", "x", "y", "y"]) == 0
     # H = log 2 of one, log 4 of the other, and all that the first knows is shared.
     assert results.mutual_information([0, 0, 1, 1], [0, 1, 2, 3]) == pytest.approx(2 / 3)
+    # A weight of two is a row twice.
+    assert results.mutual_information([0, 1, 1], ["x", "y", "x"], [2, 2, 1]) == pytest.approx(
+        results.mutual_information([0, 0, 1, 1, 1], ["x", "x", "y", "y", "x"])
+    )
 
 
 def test_groups_of_the_prompt(results, tmp_path):
     right = share(3, 4)
     write(tmp_path, BOTH, 0, scores(right, lambda scan, template: 2 if template.startswith("open") else 1))
-    write(tmp_path, ("f", "label-free routing"), 0, scores(right, lambda scan, template: scan % 2))
+    half = [scan % 2 for scan in range(SCANS)]
+    write(tmp_path, FREE, 0, scores(right, lambda scan, template: scan % 2), report_groups=half)
     text = results.table(results.read_runs(tmp_path), tmp_path)
     assert row_of(text, "f", "both levels")[-2] == "100.0 (100.0 to 100.0)"
     assert row_of(text, "f", "label-free routing")[-2:] == ["0.0 (0.0 to 0.0)"] * 2
 
 
-@pytest.mark.parametrize(
-    ("number", "text"), [(0.29, "29.0"), (0.8199, "81.9"), (0.99999, "99.9"), (-0.0004, "0.0"), (-0.0128, "-1.2")]
-)
-def test_numbers_are_cut_not_rounded(results, number, text):
-    assert results.cut(number) == text
+def test_reports_are_a_task_like_the_others(results, tmp_path):
+    """Closed and open questions share a group, reports have their own: what that tells of three equal tasks."""
+    write(tmp_path, BOTH, 0, scores(share(3, 4), lambda scan, template: 1), report_groups=[0] * SCANS)
+    text = results.table(results.read_runs(tmp_path), tmp_path)
+    shared = -(1 / 3) * np.log(1 / 3) - (2 / 3) * np.log(2 / 3)  # the groups' entropy, all of it told by the task
+    percent = int(1000 * 2 * shared / (shared + np.log(3))) / 10
+    assert row_of(text, "f", "both levels")[-2:] == [f"{percent} ({percent} to {percent})", "0.0 (0.0 to 0.0)"]
+
+
+def test_numbers_of_the_table_are_cut_not_rounded(results, tmp_path):
+    write(tmp_path, BOTH, 0, share(2, 3))  # 14 of 20 scans: 0, 1, 3, 4 ... 18, 19
+    write(tmp_path, BOTH, 1, share(2, 3))
+    write(tmp_path, BOTH, 2, share(1, 3))  # 7 of 20
+    cells = row_of(results.table(results.read_runs(tmp_path), tmp_path), "d", "both levels")
+    assert cells[3].startswith("58.3 [")  # 58.33
+    write(tmp_path, BOTH, 2, share(3, 3))
+    write(tmp_path, BOTH, 1, share(1, 3))
+    write(tmp_path, BOTH, 0, share(4, 5))  # 16, 7 and 20 of 20: 71.66
+    cells = row_of(results.table(results.read_runs(tmp_path), tmp_path), "d", "both levels")
+    assert cells[3].startswith("71.6 [")
 
 
 def test_everything_is_written(results, two_seeds, tmp_path):
-    for scans in (50, 200):
+    for scans in (50, 400):
         for seed in range(2):
-            write(two_seeds, ("a", f"reused, {scans} scans"), seed, share(3, 4))
+            for name in ("reused", "vision from scratch"):
+                write(two_seeds, ("a", f"{name}, {scans} scans"), seed, share(3, 4), train_scans=scans)
     results.write_results(two_seeds, tmp_path / "written")
     assert sorted(file.name for file in (tmp_path / "written").iterdir()) == [
         "ABLATIONS.md",
@@ -285,6 +355,22 @@ def test_everything_is_written(results, two_seeds, tmp_path):
         data = (tmp_path / "written" / name).read_bytes()
         assert data[:8] == b"\x89PNG\r\n\x1a\n"
         assert 800 <= int.from_bytes(data[16:20]) <= 1000  # width
+
+
+def test_three_curves_over_the_scans_of_the_records(results, two_seeds, tmp_path):
+    for name in ("reused", "vision from scratch", "from scratch"):
+        for scans in ("50", "400", "all"):
+            write(two_seeds, ("a", f"{name}, {scans} scans"), 0, share(3, 4))
+    pyplot, drawn = results.load_pyplot(), []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(results, "_save", lambda figure, file, pyplot: drawn.append(figure))
+        results.plot_scarcity(results.read_runs(two_seeds), tmp_path / "scarcity.png", pyplot)
+    (axes,) = drawn[0].axes
+    labels = [text.get_text() for text in axes.get_legend().get_texts()]
+    assert labels == ["2D weights reused", "vision from scratch", "from scratch"]
+    assert [list(line.get_xdata()) for line in axes.lines] == [[50, 400, 900]] * 3
+    assert len({line.get_color() for line in axes.lines}) == 3
+    pyplot.close(drawn[0])
 
 
 def test_no_run(results, tmp_path):
@@ -312,7 +398,21 @@ def change(record: dict, **more) -> dict:
         (lambda record: json.dumps(change(record, arm={"question": "c", "name": "gone"})), "plans"),
         (lambda record: json.dumps(change(record, seed=5)), "plans"),
         (lambda record: json.dumps(change(record, seed=0)), "is there twice"),
-        (lambda record: json.dumps(change(record, steps=[9])), "was trained for 9 steps"),
+        (lambda record: json.dumps(change(record, steps=[3])), "is no record of a run"),
+        (
+            lambda record: json.dumps(change(record, steps=[1, 2])),
+            r"steps of stage 1: 1, but 2 in c_both-levels_0\.json",
+        ),
+        (lambda record: json.dumps(change(record, steps=[2, 9])), "steps of stage 2: 9, but 1 in"),
+        (lambda record: json.dumps(change(record, batch=16)), "rows per step: 16, but 4 in"),
+        *(
+            (
+                lambda record, name=name: json.dumps(change(record, hashes={**HASHES, name: "ff"})),
+                f"hash of {name}: ff, but {HASHES[name]} in",
+            )
+            for name in HASHES
+        ),
+        (lambda record: json.dumps({key: value for key, value in record.items() if key != "hashes"}), "KeyError"),
         (
             lambda record: json.dumps(
                 change(record, scores=change(record["scores"], answers=record["scores"]["answers"][3:]))

@@ -30,6 +30,7 @@ from ct_moe import DataError
 from ..evaluation.answering import Answer, answer_rows
 from ..evaluation.bootstrap import bootstrap_interval, paired_bootstrap_interval
 from ..evaluation.closed_questions import score_closed
+from ..evaluation.cut_numbers import cut, cut_percent
 from ..evaluation.text_metrics import text_metrics
 from ..volume_cache import VolumeCache
 from .controls import CONTROL_NAMES, blind, flipped, flipped_answer, other_scan, shuffled_slices, single_slice
@@ -188,7 +189,7 @@ def majority_answers(train: Iterable[dict], rows: Sequence[dict]) -> np.ndarray:
 
 
 def format_scores(result: dict[str, Any]) -> str:
-    """A table for print."""
+    """A table for print, its numbers cut after the decimals shown."""
     lines = [f"{result['scans']} scans of the {result['split']} split"]
     if "closed" in result:
         closed, kinds = result["closed"], [kind for kind in KINDS if kind in result["closed"]["kinds"]]
@@ -196,29 +197,35 @@ def format_scores(result: dict[str, Any]) -> str:
         table = {"model": closed, "majority answer": result["majority"], **result["controls"]}
         for name, scores in table.items():
             if name != "flipped":
-                cells = "".join(f"{100 * scores['kinds'][kind]:15.1f}" for kind in kinds)
-                lines.append(f"{name:24}{100 * scores['accuracy']:8.1f}{cells}")
+                cells = "".join(f"{cut_percent(scores['kinds'][kind]):>15}" for kind in kinds)
+                lines.append(f"{name:24}{cut_percent(scores['accuracy']):>8}{cells}")
         low, high = closed["interval"]
-        lines.append(f"model: {100 * low:.1f} to {100 * high:.1f}, {closed['n']} questions")
+        lines.append(f"model: {cut_percent(low)} to {cut_percent(high)}, {closed['n']} questions")
         if "flipped" in result["controls"]:
             flip = result["controls"]["flipped"]
             lines.append(f"left and right exchanged: the side follows in {_percent(flip['follows'])} of {flip['n']}")
     if "plane" in result:
         plane = result["plane"]
-        lines.append(f"stored plane            {100 * plane['accuracy']:8.1f}   of {plane['n']}, in no total")
+        lines.append(f"stored plane            {cut_percent(plane['accuracy']):>8}   of {plane['n']}, in no total")
     if "open" in result:
-        lines.append(f"open questions          {100 * result['open']['accuracy']:8.1f}   of {result['open']['n']}")
+        opened = result["open"]
+        meteor = f", METEOR {cut(opened['meteor'])}" if "meteor" in opened else ""
+        lines.append(f"open questions          {cut_percent(opened['accuracy']):>8}   of {opened['n']}{meteor}")
     if "report" in result:
         report = result["report"]
-        lines += ["", f"reports: macro F1 {report['macro_f1']:.3f}, micro F1 {report['micro_f1']:.3f}"]
+        lines += ["", f"reports: macro F1 {cut(report['macro_f1'], 3)}, micro F1 {cut(report['micro_f1'], 3)}"]
         for name, scores in report["per_finding"].items():
-            cells = "  ".join(f"{key} {scores[key]:.2f}" for key in ("precision", "recall", "f1"))
+            cells = "  ".join(f"{key} {cut(scores[key], 2)}" for key in ("precision", "recall", "f1"))
             lines.append(f"  {name:16}{cells}  of {scores['support']}")
-        size = "-" if report["size_error_mm"] is None else f"{report['size_error_mm']:.1f}"
-        texts = ", ".join(f"{name} {report[name]:.1f}" for name in ("bleu1", "bleu4", "rouge1", "rougeL"))
+        size, extent = (
+            "-" if report[name] is None else f"{cut(report[name])} mm" for name in ("size_error_mm", "extent_error_mm")
+        )
+        # METEOR needs data of nltk that not everyone has.
+        names = [name for name in ("bleu1", "bleu4", "rouge1", "rougeL", "meteor") if name in report]
+        texts = ", ".join(f"{name.replace('meteor', 'METEOR')} {cut(report[name])}" for name in names)
         lines.append(
             f"  {texts}; side wrong in {_percent(report['side_errors'])}, place in "
-            f"{_percent(report['place_errors'])}; size off by {size} mm"
+            f"{_percent(report['place_errors'])}; size off by {size}, extent by {extent}"
         )
     return "\n".join(lines)
 
@@ -264,7 +271,7 @@ def _text_scores(rows: Sequence[dict], answers: Sequence[Answer]) -> dict[str, f
 
 
 def _percent(share: float | None) -> str:
-    return "-" if share is None else f"{100 * share:.1f} %"
+    return "-" if share is None else f"{cut_percent(share)} %"
 
 
 def _lines(path: Path) -> Iterable[dict]:

@@ -435,12 +435,30 @@ def test_the_table_shows_every_kind_and_control(result):
     for name in ("model", "majority answer", *CONTROL_NAMES):
         (line,) = [line for line in table.splitlines() if re.match(rf"{name}\s+\d", line)]
         scores = {"model": result["closed"], "majority answer": result["majority"], **result["controls"]}[name]
-        cells = [float(cell) for cell in line.removeprefix(name).split()]
+        cells = line.removeprefix(name).split()
         expected = [scores["accuracy"], *(scores["kinds"][kind] for kind in kinds)]
-        assert cells == pytest.approx([100 * value for value in expected], abs=0.051)
+        assert cells == [f"{int(1000 * value + 1e-6) / 10:.1f}" for value in expected]  # cut, not rounded
     assert "left and right exchanged" in table
     for name in result["report"]["per_finding"]:
         assert name in table
+
+
+def test_numbers_of_the_table_are_cut(result):
+    """No score becomes a better one in print."""
+    report = {**result["report"], "macro_f1": 0.99999, "micro_f1": 0.0019, "bleu1": 99.99, "meteor": 45.19}
+    report["per_finding"] = {"nodule": {"precision": 0.999, "recall": 0.005, "f1": 0.29, "support": 3}}
+    report |= {"side_errors": 0.9999, "place_errors": None, "size_error_mm": 3.09, "extent_error_mm": None}
+    opened = {**result["open"], "accuracy": 0.99999, "n": 7, "meteor": 12.39}
+    table = format_scores({"split": "test", "scans": 2, "open": opened, "report": report})
+    assert re.search(r"open questions +99\.9   of 7, METEOR 12\.3$", table, re.MULTILINE)
+    assert "macro F1 0.999, micro F1 0.001" in table
+    assert "precision 0.99  recall 0.00  f1 0.29  of 3" in table
+    assert re.search(r"bleu1 99\.9, .*, METEOR 45\.1; side wrong in 99\.9 %, place in -; size off by 3\.0 mm", table)
+
+
+def test_meteor_is_left_out_where_there_is_none(result):
+    report = {name: value for name, value in result["report"].items() if name != "meteor"}
+    assert "METEOR" not in format_scores({"split": "test", "scans": 2, "report": report})
 
 
 def test_the_table_of_reports_alone(result):

@@ -1,0 +1,301 @@
+# Copyright 2026 The CT-MoE authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""The arms of the ablations: what each trains, with which learning rates, and on what records agree."""
+
+import argparse
+import importlib
+import json
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from ct_moe import CTMoEForConditionalGeneration, DataError
+from ct_moe.hub.tiny_base import build_tiny_base
+from ct_moe.trainers.sft_trainer import _rate
+from ct_moe.trainers.stages import part_of_parameters
+
+
+FOLDER = Path(__file__).parents[2] / "examples" / "phantom"
+SCANS = ("50 scans", "400 scans", "all scans")
+WITHOUT_GROUPS = (
+    "dense, equal total",
+    "dense, equal active",
+    "dense with a task embedding",
+    "token level",
+)
+
+
+@pytest.fixture(scope="module")
+def ablations():
+    """The script as a module; it imports its neighbours as scripts do."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(FOLDER))
+        yield importlib.import_module("ablations")
+    for name in ("ablations", "train_demo", "pretrain_base"):
+        sys.modules.pop(name, None)
+
+
+@pytest.fixture(scope="module")
+def base(ablations, tmp_path_factory) -> Path:
+    """Of the size and layers that the arms are made for, but with few words."""
+    pretrain_base = sys.modules["pretrain_base"]
+    folder = tmp_path_factory.mktemp("ablations") / "base"
+    return build_tiny_base(folder, text_model="llama", vision=pretrain_base.VISION, text=pretrain_base.TEXT)
+
+
+@pytest.fixture(scope="module")
+def arms(ablations) -> dict:
+    return {(arm.question, arm.name): arm for arm in ablations.arms()}
+
+
+@pytest.fixture(scope="module")
+def build(ablations, base, tmp_path_factory):
+    """The model of an arm, made once for all arms of the same settings."""
+    made = {}
+
+    def build(arm):
+        key = json.dumps(arm.convert, sort_keys=True)
+        if key not in made:
+            made[key] = tmp_path_factory.mktemp("arm") / "model"
+            settings = {**ablations.SETTINGS, "tasks": list(ablations.TASKS), **arm.convert}
+            ablations.make_model(base, made[key], **settings)
+        model = CTMoEForConditionalGeneration.from_pretrained(made[key], dtype=torch.float32)
+        if arm.task_embedding:
+            ablations.add_task_embedding(model)
+        return model
+
+    return build
+
+
+@pytest.fixture(scope="module")
+def stages(ablations, build, tmp_path_factory):
+    """Per stage of an arm: its settings, and of every trained parameter the learning rate."""
+    args = argparse.Namespace(data=Path("phantoms"), steps=(2, 1), batch=4)
+
+    def stages(arm) -> list[tuple]:
+        model, found = build(arm), []
+        for stage in ablations.stage_configs(model, arm, 0, args, tmp_path_factory.mktemp("run")):
+            ablations.prepare(model, arm, stage)
+            parts = part_of_parameters(model)
+            rates = {
+                name: _rate(parts[name], stage.learning_rates, stage.learning_rate)
+                for name, parameter in model.named_parameters()
+                if parameter.requires_grad
+            }
+            found.append((model, stage, rates))
+        return found
+
+    return stages
+
+
+def names(model) -> set[str]:
+    return {name for name, _ in model.named_parameters()}
+
+
+# Arms ---------------------------------------------------------------------------------------------------------------
+
+
+def test_runs(ablations, arms):
+    assert len(arms) == len(ablations.arms())
+    assert sum(arm.seeds for arm in arms.values()) == 109
+    for scans, count in zip(SCANS, (50, 400, None)):
+        for name, forgotten in (
+            ("reused", "nothing"),
+            ("vision from scratch", "vision"),
+            ("from scratch", "everything"),
+        ):
+            arm = arms["a", f"{name}, {scans}"]
+            assert (arm.scans, arm.forgotten, arm.seeds) == (count, forgotten, 3)
+    assert ablations.arms()[0].name == "both levels"
+
+
+@pytest.mark.parametrize("name", ["reused", "vision from scratch", "from scratch"])
+def test_arms_of_reuse_train_everything(arms, stages, name):
+    """Parameter by parameter: frozen random weights would be no training from scratch."""
+    (model, first, rates), (_, second, later) = stages(arms["a", f"{name}, 50 scans"])
+    frozen = names(model) - set(rates)
+    # In stage 1 the task groups are off, as in every arm; their experts are rows of tensors that are trained.
+    assert {frozen_name for frozen_name in frozen if ".group_router." not in frozen_name} == set()
+    assert first.train_task_groups == "off"
+    assert set(later) == names(model)
+    assert "model.language_model.embed_tokens.weight" in later
+    assert second.train_task_groups == "full"
+
+
+def test_arms_of_reuse_have_the_same_learning_rates(arms, stages):
+    found = [
+        [rates for _, _, rates in stages(arms["a", f"{name}, {scans}"])]
+        for name in ("reused", "vision from scratch", "from scratch")
+        for scans in ("50 scans", "all scans")
+    ]
+    assert all(rates == found[0] for rates in found)
+
+
+def test_arms_of_attention_train_the_same(arms, stages):
+    found = [stages(arm) for (letter, _), arm in arms.items() if letter == "b"]
+    assert len(found) == 10
+    for number in (0, 1):
+        model, _, rates = found[0][number]
+        assert all(stage[number][2] == rates for stage in found)
+        tower = {name for name in names(model) if name.startswith("model.vision_tower.")}
+        assert {name for name in tower - set(rates) if "post_layernorm" not in name} == set()
+
+
+@pytest.mark.parametrize("name", WITHOUT_GROUPS)
+def test_arms_without_task_groups_train_their_experts_in_both_stages(arms, stages, name):
+    for model, stage, rates in stages(arms["c", name]):
+        experts = {parameter for parameter in names(model) if ".moe.experts." in parameter}
+        assert experts
+        assert experts <= set(rates)
+        assert (stage.train_shared_group, stage.train_task_groups) == ("full", "off")
+        embedding = [rate for parameter, rate in rates.items() if "task_embedding" in parameter]
+        assert embedding == [stage.learning_rate] * arms["c", name].task_embedding
+
+
+@pytest.mark.parametrize("name", ["both levels", "task level", "both levels, groups by scan"])
+def test_arms_with_task_groups_train_them_in_stage_2(arms, stages, name):
+    _, (_, stage, _) = stages(arms["c", name])
+    assert (stage.train_shared_group, stage.train_task_groups) == ("frozen", "full")
+
+
+def test_one_stage_trains_what_two_stages_train_with_the_same_rates(arms, stages):
+    (_, one, first), (_, two, second) = stages(arms["c", "both levels"])
+    ((_, whole, rates),) = stages(arms["d", "one stage"])
+    assert rates == first | second
+    assert whole.max_steps == one.max_steps + two.max_steps
+    assert whole.train_task_groups == whole.train_shared_group == "full"
+
+
+def test_every_arm_has_the_same_budget(arms, stages):
+    for (letter, _), arm in arms.items():
+        if letter in "cd" or arm.scans is None:
+            found = [stage for _, stage, _ in stages(arm)]
+            assert sum(stage.max_steps for stage in found) == 3
+            assert {stage.per_device_train_batch_size for stage in found} == {4}
+
+
+# Slice scores -------------------------------------------------------------------------------------------------------
+
+
+def test_mean_pooling_is_tgis_with_equal_scores(ablations, arms, build, stages):
+    """Through training too: the scores are not trained, all else that TG-IS trains is."""
+    mean, published, normalised = (
+        arms["e", name] for name in ("mean pooling", "TG-IS, published", "TG-IS, normalised")
+    )
+    assert mean.convert == normalised.convert
+    assert published.convert == normalised.convert | {"tgis_variant": "paper"}
+    assert mean.convert["pool"] == [ablations.ALL_SLICES, 2, 2]
+    for (_, _, rates), (_, _, others) in zip(stages(mean), stages(normalised)):
+        assert set(others) - set(rates) == {
+            "model.slice_scoring.text_weight",
+            "model.slice_scoring.log_temperature",
+        }
+        assert set(rates) <= set(others)
+    model = build(mean).eval()
+    ablations.redraw_added(model, 0)
+    mask = torch.tensor([[True, True, True, False], [True, True, False, False]])
+    guide = torch.randn(2, model.config.vision_config.guide_size)
+    states = torch.randn(2, 4, model.config.text_config.hidden_size)
+    scoring = model.model.slice_scoring
+    assert scoring(states, states, guide, mask)[0, :3].std() > 0
+    torch.nn.init.zeros_(scoring.text_weight)
+    equal = torch.tensor([[1 / 3, 1 / 3, 1 / 3, 0], [1 / 2, 1 / 2, 0, 0]])
+    torch.testing.assert_close(scoring(states, states, guide, mask), equal)
+
+
+# Experts ------------------------------------------------------------------------------------------------------------
+
+
+def test_active_expert_parameters_are_those_of_the_models(ablations, arms, stages):
+    reference = ablations.active_expert_parameters(ablations.vision_config(arms["c", "both levels"]))
+    for (letter, name), arm in arms.items():
+        if letter in "cb":
+            model = stages(arm)[-1][0]
+            planned = ablations.active_expert_parameters(ablations.vision_config(arm))
+            assert planned == ablations.active_expert_parameters(model.config.vision_config), name
+    level = ablations.active_expert_parameters(ablations.vision_config(arms["c", "task level"]))
+    assert 3.9 < level / reference < 4
+    assert ablations.active_expert_parameters(ablations.vision_config(arms["c", "token level"])) == reference
+    assert ablations.active_expert_parameters(ablations.vision_config(arms["b", "volume layers: none, pz 1"])) == 0
+
+
+# From scratch -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("keep_language", [True, False])
+def test_what_is_forgotten(ablations, base, tmp_path, keep_language):
+    torch.manual_seed(3)
+    before = load_file(base / "model.safetensors")
+    after = load_file(
+        ablations.forget(base, tmp_path / "forgotten", keep_language=keep_language) / "model.safetensors"
+    )
+    assert before.keys() == after.keys()
+    language = {name for name in before if "language_model" in name or "lm_head" in name}
+    assert len(language) > 10
+    for name, weight in before.items():
+        if weight.std() > 0:  # biases and norms start alike
+            assert torch.equal(weight, after[name]) == (keep_language and name in language), name
+
+
+# Records ------------------------------------------------------------------------------------------------------------
+
+
+def inputs(folder: Path) -> argparse.Namespace:
+    for name in ("base/model.safetensors", "data/train.jsonl", "data/test.jsonl", "data/validation.jsonl"):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_text(name)
+    return argparse.Namespace(base=folder / "base", data=folder / "data", split="test")
+
+
+def test_hashes_are_of_what_was_read(ablations, tmp_path):
+    args = inputs(tmp_path)
+    before = ablations.hashes(args)
+    assert set(before) == {"base", "train", "test", "recipe"}
+    assert all(len(value) == 16 and int(value, 16) >= 0 for value in before.values())
+    (tmp_path / "data" / "test.jsonl").write_text("other")
+    after = ablations.hashes(args)
+    assert {name for name in before if before[name] != after[name]} == {"test"}
+    args.split = "validation"
+    assert set(ablations.hashes(args)) == {"base", "train", "validation", "recipe"}
+
+
+def test_a_missing_base_is_named(ablations, tmp_path):
+    args = inputs(tmp_path)
+    (tmp_path / "base" / "model.safetensors").unlink()
+    with pytest.raises(DataError, match=r"model\.safetensors: cannot be read"):
+        ablations.hashes(args)
+
+
+def test_records_are_written_whole_by_processes_at_the_same_time(ablations, tmp_path):
+    file, texts = tmp_path / "new" / "run.json", [str(number) * 200_000 for number in range(8)]
+    writers = [threading.Thread(target=ablations.write_once, args=(file, text)) for text in texts]
+    for writer in writers:
+        writer.start()
+    for writer in writers:
+        writer.join()
+    assert file.read_text() in texts
+    assert list(file.parent.iterdir()) == [file]
+
+
+def test_parts_share_no_run_and_leave_none_out(ablations):
+    runs = list(range(10))
+    parts = [ablations.part_of(runs, f"{number}/3") for number in (1, 2, 3)]
+    assert sorted(run for part in parts for run in part) == runs
+    for part in ("0/3", "4/3", "3", "a/b", "1/0", "-1/3"):
+        with pytest.raises(DataError, match="--part"):
+            ablations.part_of(runs, part)
