@@ -37,13 +37,16 @@ _CONVERSATION = {name: ROW_FEATURES[name] for name in ("prompt", "completion", "
 PACKED_FEATURES = Features({**ROW_FEATURES, "packed": [_CONVERSATION]})
 
 
-def pack_rows(rows: Dataset | IterableDataset, questions_per_scan: int, seed: int = 0) -> Dataset:
+def pack_rows(
+    rows: Dataset | IterableDataset, questions_per_scan: int, seed: int = 0, *, across_tasks: bool = False
+) -> Dataset:
     """Join rows of one task about the same scans, at most `questions_per_scan` of them in one.
 
     Args:
         rows: from `load_rows`. Those without scans, and those whose system message differs, stay apart.
         questions_per_scan: 1 leaves all as they are.
         seed: of the order in which rows are taken together.
+        across_tasks: join rows of different tasks too. A pack has the task of its first row, which is any of them.
 
     Returns:
         Rows with the column `packed` beside those of the first of each pack: what the others say.
@@ -62,7 +65,7 @@ def pack_rows(rows: Dataset | IterableDataset, questions_per_scan: int, seed: in
     table = rows.to_list()
     packs = defaultdict(list)
     for index in np.random.default_rng(seed).permutation(len(rows)).tolist():
-        packs[_shared(table[index], index)].append(index)
+        packs[_shared(table[index], index, across_tasks)].append(index)
     packs = [
         pack[i : i + questions_per_scan] for pack in packs.values() for i in range(0, len(pack), questions_per_scan)
     ]
@@ -110,9 +113,9 @@ def append_conversations(
     }
 
 
-def _shared(row: dict[str, Any], index: int) -> str:
+def _shared(row: dict[str, Any], index: int, across_tasks: bool) -> str:
     """Equal for rows that may be packed together."""
     if not row["images"]:
         return str(index)
     system = list(itertools.takewhile(lambda message: message["role"] != "user", row["prompt"]))
-    return json.dumps([row["images"], system, row["task"]])
+    return json.dumps([row["images"], system, None if across_tasks else row["task"]])

@@ -77,6 +77,8 @@ class StageConfig(CTMoESFTConfig):
         questions_per_scan (`int`, *optional*, defaults to 1):
             Most rows of one task about the same scans that become one: they share one pass through the vision encoder,
             by far the larger part of a step, and are routed by the prompt of the first. Batches count such rows.
+        pack_across_tasks (`bool`, *optional*):
+            Whether rows of different tasks may become one: where task groups are off, the scan is seen alike for all.
     """
 
     train_slice_layers: Literal["frozen", "lora", "full"] = "frozen"
@@ -99,11 +101,15 @@ class StageConfig(CTMoESFTConfig):
     experts_implementation: str | None = None
     even_tasks: bool = False
     questions_per_scan: int = 1
+    pack_across_tasks: bool = False
 
     def _unsupported(self):
         yield from super()._unsupported()
         if self.questions_per_scan < 1:
             yield "questions_per_scan", f"{self.questions_per_scan}", "Choose 1 or more"
+        if self.pack_across_tasks and (self.train_task_groups != "off" or self.even_tasks):
+            finding = "True, but a pack goes through the experts of one task"
+            yield "pack_across_tasks", finding, "Use it where task groups are off and tasks are not drawn evenly"
         choices = {f"train_{name}": allowed for name, allowed in TRAINABLE_PARTS.items()}
         choices |= {"dtype": ("float32", "bfloat16", "auto"), "quantization": ("none", "4bit", "8bit")}
         for name, allowed in choices.items():

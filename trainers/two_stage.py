@@ -199,7 +199,7 @@ def train_stage(
     elif eval_dataset is not None:
         eval_dataset = check_tasks(eval_dataset, tasks)
     counts = count_tasks(dataset) if isinstance(dataset, Dataset) else None
-    dataset = pack_rows(dataset, stage.questions_per_scan, stage.seed)
+    dataset = pack_rows(dataset, stage.questions_per_scan, stage.seed, across_tasks=stage.pack_across_tasks)
     if stage.even_tasks:
         dataset = interleave_tasks(dataset, seed=stage.seed, tasks=tasks)
     network = prepare_stage(network, stage)

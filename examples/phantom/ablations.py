@@ -437,6 +437,7 @@ def stage_configs(model, arm: Arm, seed: int, args: argparse.Namespace, folder: 
         "disable_tqdm": True,
         "seed": seed,
         "per_device_train_batch_size": args.batch,
+        "stage1.pack_across_tasks": False,  # the arm with one stage routes by task from the first step on
         "stage1.max_steps": args.steps[0],
         "stage2.max_steps": args.steps[1],
     }

@@ -25,7 +25,7 @@ from ct_moe import ModelError, TrainingError
 from ct_moe.hub.folder import load_folder
 from ct_moe.trainers import CTMoEDataCollator
 from ct_moe.trainers.packing import PACKED_FEATURES, pack_rows
-from ct_moe.trainers.recipe import Stage1Config
+from ct_moe.trainers.recipe import Stage1Config, Stage2Config
 from ct_moe.trainers.rows import ROW_FEATURES
 from ct_moe.trainers.two_stage import train_stage
 
@@ -128,6 +128,24 @@ def test_packs_hold_every_row_once_and_only_rows_that_share_all(scans):
     assert pack_rows(rows, 1) is rows
 
 
+def test_packs_across_tasks_differ_in_nothing_but_the_task(scans):
+    rows = data(
+        [
+            *questions(scans[0]),
+            row(5, "report", "text", scans[:1]),
+            *questions(scans[1], 6),
+            row(10, "vqa_open", "a spot", [], "What is a nodule?"),
+        ]
+    )
+    packs = pack_rows(rows, 9, across_tasks=True)
+    members = [[pack["row"], *(other["row"] for other in pack["packed"])] for pack in packs]
+    assert sorted(map(sorted, members)) == [[1, 2, 3, 4, 5], [6, 7, 8, 9], [10]]
+    for pack in packs:
+        assert pack["task"] == rows[pack["row"] - 1]["task"]
+    firsts = {pack_rows(rows, 9, seed, across_tasks=True)[0]["task"] for seed in range(20)}
+    assert firsts == {"report", "vqa_open"}
+
+
 def test_a_scan_that_cannot_be_read_takes_its_pack_with_it(trained_model, scans, tmp_path):
     collator = CTMoEDataCollator(trained_model[1])
     batch = collator([packed(questions(str(tmp_path / "none.nii"), 5)), packed(questions(scans[0]))])
@@ -135,14 +153,24 @@ def test_a_scan_that_cannot_be_read_takes_its_pack_with_it(trained_model, scans,
     assert [failure["row"] for failure in batch["failed_rows"]] == ["rows 5, 6, 7, 8"]
 
 
-def test_a_stage_trains_on_packs(model_folder, scans, settings, tmp_path):
+@pytest.mark.parametrize("across_tasks", [False, True])
+def test_a_stage_trains_on_packs(model_folder, scans, settings, tmp_path, across_tasks):
     rows = data([*questions(scans[0]), *questions(scans[1], 5), row(9, "report", "text", scans[:1])])
     seen = []
-    stage = Stage1Config(**settings, questions_per_scan=4)
+    stage = Stage1Config(**settings, questions_per_scan=4, pack_across_tasks=across_tasks)
     out = train_stage(str(model_folder), stage, rows, tmp_path / "out", say=seen.append)
     before, after = (load_folder(str(folder), dtype="float32")[0] for folder in (model_folder, out))
     trained = zip(before.model.multi_modal_projector.parameters(), after.model.multi_modal_projector.parameters())
     assert any(not torch.equal(one, other) for one, other in trained)
+
+
+def test_packs_across_tasks_are_for_stages_without_task_groups(settings):
+    assert Stage1Config(**settings, pack_across_tasks=True).pack_across_tasks
+    for more in ({"train_task_groups": "full"}, {"even_tasks": True}):
+        with pytest.raises(TrainingError, match="pack_across_tasks"):
+            Stage1Config(**settings, **more, pack_across_tasks=True)
+    with pytest.raises(TrainingError, match="pack_across_tasks"):
+        Stage2Config(**settings, pack_across_tasks=True)
 
 
 @pytest.mark.parametrize("questions_per_scan", [0, -1])
