@@ -37,6 +37,8 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import WebDriverWait
 
+from ct_moe import load_volume
+
 
 pytestmark = pytest.mark.slow
 
