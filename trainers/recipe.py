@@ -79,6 +79,7 @@ class StageConfig(CTMoESFTConfig):
             by far the larger part of a step, and are routed by the prompt of the first. Batches count such rows.
         pack_across_tasks (`bool`, *optional*):
             Whether rows of different tasks may become one: where task groups are off, the scan is seen alike for all.
+            A pack counts for the task of its first row, in the router's loss and in the losses logged by task.
     """
 
     train_slice_layers: Literal["frozen", "lora", "full"] = "frozen"

@@ -64,7 +64,8 @@ class VolumeCache:
         folder: where entries are kept. It is made, for its owner only, if it is not there; a folder that is there
             keeps its mode. Entries can be read by their owner alone in any case.
         image_processor: its settings at the time of each `read` count.
-        max_gb: bound on all entries together, in 10^9 bytes; what is being written at the moment comes on top.
+        max_gb: bound on all entries together, in 10^9 bytes, for up to 64 processes at once; what is being written at
+            the moment comes on top.
 
     Attributes:
         hits (`int`): scans found here, by this process.

@@ -97,13 +97,12 @@ def pretrain(args: argparse.Namespace) -> None:
     """Build the base and train its parts; every finished part is kept in OUT-training until all are done."""
     work = args.out.with_name(f"{args.out.name}-training")
     dataset = SliceTexts(args.data, args.scans, args.seed)
-    start = work / "base"
-    if not start.exists():
+    if not (work / "base").exists():
         build_tiny_base(
-            start, text_model="llama", vision=VISION, text=TEXT, seed=args.seed, sentences=dataset.sentences()
+            work / "base", text_model="llama", vision=VISION, text=TEXT, seed=args.seed, sentences=dataset.sentences()
         )
-    dataset.processor = AutoProcessor.from_pretrained(start)
-    model = LlavaForConditionalGeneration.from_pretrained(start, dtype=torch.float32)
+    dataset.processor = AutoProcessor.from_pretrained(work / "base")
+    model = LlavaForConditionalGeneration.from_pretrained(work / "base", dtype=torch.float32)
     torch.manual_seed(args.seed)
     model.apply(model._init_weights)
     if args.tower_steps:
@@ -116,9 +115,9 @@ def pretrain(args: argparse.Namespace) -> None:
     if args.steps:
         train(model, dataset, work, args)
     with new_folder(args.out) as folder:
-        shutil.copytree(start, folder, dirs_exist_ok=True)
+        shutil.copytree(work / "base", folder, dirs_exist_ok=True)
         model.save_pretrained(folder)
-    shutil.rmtree(work, ignore_errors=True)  # there is none where nothing was trained
+    shutil.rmtree(work)
 
 
 @contextmanager

@@ -50,7 +50,8 @@ def demo_model(folder):
     recipe = (EXAMPLES / "recipe.yaml").read_text(encoding="utf-8")
     recipe, stages = re.subn(r"max_steps: \d+", "max_steps: 2", recipe)
     assert stages == 2
-    recipe = recipe.replace("train_batch_size: 8", "train_batch_size: 4")
+    recipe, batches = re.subn(r"train_batch_size: \d+", "train_batch_size: 4", recipe)
+    assert batches == 1
     (folder / "recipe.yaml").write_text(recipe, encoding="utf-8")
     run(folder, EXAMPLES / "train_demo.py", "--recipe", "recipe.yaml", "--out", "demo_model")
     return folder / "demo_model"

@@ -28,6 +28,7 @@ from ct_moe import DataError, ModelError, TrainingError
 from ct_moe.hub.folder import load_folder
 from ct_moe.trainers import Stage1Config, Stage2Config, TwoStageRecipe, load_rows, train_two_stage
 from ct_moe.trainers.stages import plain_name
+from ct_moe.trainers.two_stage import train_stage
 
 
 def recipe(tmp_path, settings, stage1: dict | None = None, stage2: dict | None = None, **kwargs) -> TwoStageRecipe:
@@ -163,6 +164,13 @@ def test_what_would_end_a_run_late_ends_it_early(model_folder, rows, settings, t
         train_two_stage(str(model_folder), None, rows, recipe(tmp_path / "b", settings | {"eval_strategy": "epoch"}))
     with pytest.raises(TrainingError, match="stages"):
         train_two_stage(str(model_folder), None, rows, recipe(tmp_path / "c", settings), stages=())
+
+
+def test_a_stage_loads_the_experts_as_it_is_told(model_folder, rows, settings, tmp_path):
+    train_stage(str(model_folder), Stage1Config(**settings, experts_implementation="eager"), rows, tmp_path / "eager")
+    stage = Stage1Config(**settings, experts_implementation="none such")
+    with pytest.raises(ModelError, match="none such"):
+        train_stage(str(model_folder), stage, rows, tmp_path / "unknown")
 
 
 def test_a_model_in_memory_is_saved_first(trained_model, rows, settings, tmp_path):

@@ -24,7 +24,7 @@ from hypothesis import strategies as st
 
 from ct_moe.pipeline_ct_moe import REPORT_PROMPT
 from ct_moe.pipeline_ct_moe import split_report as sections
-from ct_moe.trainers.phantoms import texts
+from ct_moe.trainers.phantoms import texts, wordings
 from ct_moe.trainers.phantoms.anatomy import draw_phantom
 from ct_moe.trainers.phantoms.labels import FINDINGS, PHASES, Lesion
 from ct_moe.trainers.phantoms.plan import plan_phantom
@@ -146,8 +146,8 @@ def test_no_sentence_of_the_test_split_was_trained(scans, asked):
             findings, _ = split_report(report_text(labels, np.random.default_rng(number), split))
             found |= {masked(sentence) for sentence in re.findall(r"[^.]+\.", findings)}
     assert not sentences["train"] & sentences["test"]
-    for wordings in texts._QUESTIONS.values():
-        assert not set(wordings[0]) & set(wordings[1])
+    for train, test in wordings.QUESTIONS.values():
+        assert not set(train) & set(test)
 
 
 def test_validation_is_worded_as_training(asked):
