@@ -21,7 +21,7 @@ import inspect
 import json
 import os
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from functools import wraps
 from pathlib import Path
 from types import MethodType
@@ -145,7 +145,8 @@ class CTMoESFTTrainer(SFTTrainer):
         if self.is_world_process_zero():
             _cut_lines(Path(self.args.output_dir) / _SKIPPED, counts["step"])
         try:
-            return super().train(checkpoint, **kwargs)
+            with _without_cudnn_attention():
+                return super().train(checkpoint, **kwargs)
         finally:
             self.signals.restore()
             for loader in self.accelerator._dataloaders:
@@ -411,6 +412,21 @@ class _HoldFrozenExperts(TrainerCallback):
 
     def on_train_begin(self, args, state, control, model=None, **kwargs):
         hold_frozen_experts(model)
+
+
+@contextmanager
+def _without_cudnn_attention() -> Iterator[None]:
+    """Other backends of `scaled_dot_product_attention` alone.
+
+    cuDNN's, the default on Hopper since torch 2.11, gives gradients that are no numbers where a mask is given, the
+    length is 64 above a multiple of 128 and a query sees nothing, such as one of padding (pytorch/pytorch#196678).
+    """
+    before = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    try:
+        yield
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(before)
 
 
 def _check_model(model: nn.Module, args: CTMoESFTConfig) -> None:

@@ -438,6 +438,7 @@ def stage_configs(model, arm: Arm, seed: int, args: argparse.Namespace, folder: 
         "seed": seed,
         "per_device_train_batch_size": args.batch,
         "stage1.pack_across_tasks": False,  # the arm with one stage routes by task from the first step on
+        "stage1.train_slice_layers": "frozen",  # a run must end in minutes on two cores
         "stage1.max_steps": args.steps[0],
         "stage2.max_steps": args.steps[1],
     }
@@ -449,7 +450,7 @@ def stage_configs(model, arm: Arm, seed: int, args: argparse.Namespace, folder: 
     if arm.trained == "everything":
         settings["stage2.train_shared_group"] = "full"
     if not arm.two_stages:
-        first = read_recipe().stage1
+        first = read_recipe(settings).stage1
         modes = {part: getattr(first, f"train_{part}") for part in TRAINABLE_PARTS}
         settings |= {f"stage2.train_{part}": mode for part, mode in modes.items() if mode not in ("frozen", "off")}
         settings["stage2.max_steps"] = sum(args.steps)

@@ -60,6 +60,8 @@ def main() -> None:
             "output_dir": str(args.work),
             "volume_cache": str(args.data / "slices"),
             "use_cpu": not torch.cuda.is_available(),
+            # One reads 32 scans in about half a second, in which a GPU could take five steps.
+            "dataloader_num_workers": max(1, min(12, os.cpu_count() - 2)),
         }
         recipe = load_recipe(args.recipe, [f"{name}={json.dumps(value)}" for name, value in settings.items()])
         save_small(train_two_stage(recipe=recipe), args.out)

@@ -317,6 +317,23 @@ def test_a_gradient_that_is_no_number_stops_the_run(exact, rows, settings):
     assert all(torch.isfinite(parameter).all() for parameter in model.parameters())
 
 
+@pytest.mark.parametrize("before", [True, False])
+def test_training_leaves_out_attention_of_cudnn(exact, rows, settings, before):
+    model, processor = exact
+    stage = Stage1Config(**settings | {"max_steps": 2}, train_language_model="full")
+    trainer = make_trainer(prepare_stage(model, stage), processor, rows, stage)
+    seen = []
+    model.model.vision_tower.register_forward_hook(lambda *_: seen.append(torch.backends.cuda.cudnn_sdp_enabled()))
+    default = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(before)
+    try:
+        trainer.train()
+        assert torch.backends.cuda.cudnn_sdp_enabled() == before
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(default)
+    assert seen and not any(seen)
+
+
 def failing_rows(rows: Dataset, bad: list[int], tmp_path) -> Dataset:
     """Rows whose scans are missing, damaged or no CT."""
     damaged = tmp_path / "damaged.nii.gz"

@@ -24,7 +24,7 @@ PRESENT = {
     "nodule": (
         (
             "{number} {noun} {of} {size} mm in {place}.",
-            "There {some} in the lung {of} {size} mm in {place}.",
+            "There {some} {of} {size} mm in {place}.",
             "The lung shows {number} {noun} {of} {size} mm in {place}.",
         ),
         ("In {place} there {some} {of} {size} mm.",),
