@@ -331,7 +331,8 @@ def test_training_leaves_out_attention_of_cudnn(exact, rows, settings, before):
         assert torch.backends.cuda.cudnn_sdp_enabled() == before
     finally:
         torch.backends.cuda.enable_cudnn_sdp(default)
-    assert seen and not any(seen)
+    assert seen
+    assert not any(seen)
 
 
 def failing_rows(rows: Dataset, bad: list[int], tmp_path) -> Dataset:
