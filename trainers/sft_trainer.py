@@ -122,7 +122,8 @@ class CTMoESFTTrainer(SFTTrainer):
             )
         self.signals = SaveOnSignal(self.accelerator)
         self.add_callback(self.signals)
-        self.add_callback(_HoldFrozenExperts())
+        self._held = _HoldFrozenExperts()
+        self.add_callback(self._held)
         self._model_config = self._network().config
         self._routing = self._fused_outputs = None  # of the forward pass in compute_loss
         self._in_loss = False
@@ -149,6 +150,7 @@ class CTMoESFTTrainer(SFTTrainer):
                 return super().train(checkpoint, **kwargs)
         finally:
             self.signals.restore()
+            self._held.release()
             for loader in self.accelerator._dataloaders:
                 # Persistent workers ignore SIGTERM: left to the end of the process, they would be waited for.
                 iterator = getattr(getattr(loader, "base_dataloader", loader), "_iterator", None)
@@ -410,8 +412,16 @@ class CTMoESFTTrainer(SFTTrainer):
 class _HoldFrozenExperts(TrainerCallback):
     """When training begins the parameters are final: FSDP2 has made its own by then."""
 
+    def __init__(self):
+        self._hooks = []
+
     def on_train_begin(self, args, state, control, model=None, **kwargs):
-        hold_frozen_experts(model)
+        self._hooks = hold_frozen_experts(model)
+
+    def release(self) -> None:
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
 
 
 @contextmanager

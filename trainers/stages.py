@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import nn
 from torch.distributed.tensor import DTensor, distribute_tensor
+from torch.utils.hooks import RemovableHandle
 
 from ct_moe import CTMoEForConditionalGeneration, TrainingError
 from ct_moe.modeling_ct_moe import CTMoEExperts
@@ -119,13 +120,17 @@ def use_task_groups(model: CTMoEForConditionalGeneration, active: bool) -> None:
         config.use_task_groups = active
 
 
-def hold_frozen_experts(model: nn.Module) -> None:
+def hold_frozen_experts(model: nn.Module) -> list[RemovableHandle]:
     """Make the gradient of every expert of a frozen group zero.
 
     All experts of a layer are one tensor, so that one call runs them; in a stage that trains the shared group or the
     task groups only, the other rows of it must stay. Call it when the parameters are the ones that are optimised:
     after FSDP2 has replaced them. Such parameters must have no weight decay either.
+
+    Returns:
+        Hooks, to be removed at the end: a later stage of the same model holds other rows.
     """
+    hooks = []
     for module in model.modules():
         held = getattr(module, "held_rows", None) if isinstance(module, CTMoEExperts) else None
         if held is None:
@@ -139,11 +144,13 @@ def hold_frozen_experts(model: nn.Module) -> None:
             if isinstance(parameter, DTensor):
                 # FSDP2 writes the gradient of its shards itself, past the hooks of autograd.
                 shard = _local_rows(parameter, mask)
-                parameter.register_post_accumulate_grad_hook(
+                hook = parameter.register_post_accumulate_grad_hook(
                     lambda parameter, shard=shard: parameter.grad.to_local().mul_(shard)
                 )
             else:
-                parameter.register_hook(lambda gradient, mask=mask: gradient * mask.to(gradient.dtype))
+                hook = parameter.register_hook(lambda gradient, mask=mask: gradient * mask.to(gradient.dtype))
+            hooks.append(hook)
+    return hooks
 
 
 def trained_parts(model: nn.Module, stage: "StageConfig") -> list[TrainedPart]:

@@ -103,6 +103,18 @@ def test_a_stage_changes_exactly_its_parts(trained_model, rows, settings, stage_
         assert not any(torch.equal(before[name], after[name]) for name in lora)
 
 
+def test_the_same_model_in_memory_goes_through_both_stages(trained_model, rows, settings):
+    model, processor = trained_model
+    shared = model.config.vision_config.num_shared_experts
+    tensors = [{name: parameter.detach().clone() for name, parameter in model.named_parameters()}]
+    for config, _ in STAGES.values():
+        tensors.append(train(model, processor, rows, config(**settings, train_language_model="full")))
+    for before, after, (_, trained) in zip(tensors, tensors[1:], STAGES.values()):
+        changed, same = changed_parts(before, after, shared)
+        assert changed == trained
+        assert not same & trained
+
+
 @pytest.mark.parametrize(
     ("part", "mode", "expected"),
     [
