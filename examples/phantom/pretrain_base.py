@@ -17,9 +17,9 @@
     python examples/phantom/pretrain_base.py --data phantoms --out phantom-base
 
 The base is a LLaVA (CLIP tower, MLP projector, Llama) in the library's own format, made as real ones are: the tower
-learns to tell which findings, organs and phase the caption of a slice names; then all of it learns to caption and to
-answer from slices. It never sees two slices of one scan together. Cut off, the same command goes on with the tower it
-has.
+learns to tell what the caption of a slice names, findings with their width, organs and phase; then all of it learns to
+caption and to answer from slices. It never sees two slices of one scan together. Cut off, the same command goes on
+with the tower it has.
 
 The language models that people convert know the words of their field before they see a volume, and so does this one:
 beside every slice it reads a training row without its scan.
@@ -48,10 +48,12 @@ from ct_moe.hub.folder import new_folder
 from ct_moe.hub.tiny_base import build_tiny_base
 from ct_moe.trainers.phantoms.labels import FINDINGS, PHASES
 from ct_moe.trainers.phantoms.texts import (
+    GROWING,
     SIDED,
     slice_findings,
     slice_organs,
     slice_texts,
+    slice_width,
 )
 from ct_moe.trainers.volume_cache import VolumeCache
 
@@ -72,6 +74,7 @@ TEXT = {
     "num_attention_heads": 6,
     "num_key_value_heads": 6,
 }
+WIDTHS = (20, 30, 40, 50, 60)  # mm of a finding that may widen: the tower tells which of them it reaches in a slice
 SLICES = {"slab_mm": 18.0, "max_slices": 24, "slab_reduction": ("mean", "mean", "max"), "crop_body": True}
 
 
@@ -254,6 +257,9 @@ class SliceTexts(Dataset):
                 any(name == other and (side is None or lesion["side"] in (side, "both")) for other, lesion in seen)
                 for name, side in findings
             ]
+            for name in GROWING:
+                width = max((slice_width(lesion, *ends) for other, lesion in seen if other == name), default=0)
+                row += [width >= least for least in WIDTHS]
             row += [organ in slice_organs(labels, *ends) for organ in labels["organ_areas"]]
             rows.append(row + [labels["phase"] == phase for phase in PHASES])
         return torch.tensor(rows, dtype=torch.float32), len(findings)

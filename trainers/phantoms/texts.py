@@ -358,9 +358,13 @@ def slice_texts(labels: dict, low: float, high: float, rng: np.random.Generator,
     for name, lesion in seen:
         sides.setdefault(name, set()).add(lesion["side"])
     organs = slice_organs(labels, low, high)
-    present = [_with_own_side(name, sides[name], seen) for name in FINDINGS if name in sides]
+    named = {
+        name: _with_own_side(name, sides[name], max(slice_width(lesion, low, high) for n, lesion in seen if n == name))
+        for name in FINDINGS
+        if name in sides
+    }
     parts = [f"The slice is in the {labels['phase']} phase", f"it shows {', '.join(organs) or 'no organ'}"]
-    caption = "; ".join([*parts, ", ".join(present) or "no abnormality"]) + "."
+    caption = "; ".join([*parts, ", ".join(named.values()) or "no abnormality"]) + "."
     pairs = [("Describe the slice.", caption)]
 
     def closed(prompt: str, answer: str, wrong: list[str]) -> None:
@@ -377,7 +381,7 @@ def slice_texts(labels: dict, low: float, high: float, rng: np.random.Generator,
             wrong[0] = "no abnormality"
         closed(word("abnormality"), str(rng.choice(list(sides) or ["no abnormality"])), wrong)
     name = str(rng.choice(list(sides))) if sides and rng.random() < 0.5 else str(rng.choice(FINDINGS))
-    text = f"Yes, {_with_own_side(name, sides[name], seen)}." if name in sides else f"No, there is no {_NOUNS[name]}."
+    text = f"Yes, {named[name]}." if name in named else f"No, there is no {_NOUNS[name]}."
     pairs.append((word("presence", finding=_ARTICLES.get(name, "") + _NOUNS[name]), text))
     asked = [name for name in SIDED if name in sides] or [str(rng.choice(SIDED))]
     name = str(rng.choice(asked))
@@ -399,6 +403,14 @@ def slice_findings(labels: dict, low: float, high: float) -> list[tuple[str, dic
     ]
 
 
+def slice_width(lesion: dict, low: float, high: float) -> int:
+    """Of a lesion in a slab, in even mm: the diameter of a disc of its mean area there.
+
+    Not that of the whole lesion, which one slab does not show: where a lesion widens is read from slabs that differ.
+    """
+    return max(2, 2 * round((_mean_area(lesion["slice_areas"], low, high) / np.pi) ** 0.5))
+
+
 def slice_organs(labels: dict, low: float, high: float) -> list[str]:
     """Organs that cover more than 100 mm2 of a slab."""
     return [name for name, areas in labels["organ_areas"].items() if _mean_area(areas, low, high) > 100]
@@ -410,9 +422,8 @@ def _mean_area(areas: list[float], low: float, high: float) -> float:
     return sum(part) / len(part)
 
 
-def _with_own_side(name: str, sides: set, seen: list[tuple[str, dict]]) -> str:
-    size = max((lesion["size_mm"] or 0) for other, lesion in seen if other == name)
-    text = _NOUNS[name] + (f" of {size:.0f} mm" if size and name != "cardiomegaly" else "")
+def _with_own_side(name: str, sides: set, width: int) -> str:
+    text = _NOUNS[name] + (f" of {width} mm" if name in _MEASURED else "")
     sides = sides - {None}
     if not sides or name == "emphysema":
         return text
@@ -463,6 +474,7 @@ def _place(name: str, lesions: list[dict] | None) -> str | None:
 
 
 _VISIBLE_MM2 = {"nodule": 20, "liver lesion": 40, "renal stone": 8}
+_MEASURED = ("nodule", "consolidation", "aneurysm", "liver lesion", "renal stone")  # told with their width in a slab
 _NOUNS = {
     "nodule": "lung nodule",
     "effusion": "pleural effusion",

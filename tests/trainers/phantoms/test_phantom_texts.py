@@ -55,6 +55,7 @@ NOUNS = {
     "fracture": "vertebral fracture",
 }
 NUMBERS = ("no", "one", "two", "three")
+MEASURED = {"nodule", "consolidation", "aneurysm", "liver lesion", "renal stone"}
 
 
 @pytest.fixture(scope="module")
@@ -411,6 +412,10 @@ def test_slice_texts_say_what_lies_in_the_slab(scans, split):
             if named:
                 assert max(areas) > 5
                 said_something += 1
+                told = re.search(rf"{NOUNS.get(name, name)} of (\d+) mm", shown)
+                assert (told is not None) == (name in MEASURED)
+                if told:  # the diameter of a disc, not the size of the whole lesion
+                    assert abs(int(told[1]) - 2 * (max(areas) / np.pi) ** 0.5) <= 1
             elif areas:
                 assert max(areas) < 100
         assert ("no abnormality" in shown) == (not seen)
