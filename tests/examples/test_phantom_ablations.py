@@ -234,6 +234,15 @@ def test_active_expert_parameters_are_those_of_the_models(ablations, arms, stage
     assert ablations.active_expert_parameters(ablations.vision_config(arms["b", "volume layers: none, pz 1"])) == 0
 
 
+def test_arms_of_equal_totals(arms, build):
+    """What differs are routers and biases."""
+    sizes = {
+        name: sum(parameter.numel() for parameter in build(arms["c", name]).parameters())
+        for name in ("both levels", "dense, equal total", "token level", "task level")
+    }
+    assert all(size == pytest.approx(sizes["both levels"], rel=0.05) for size in sizes.values())
+
+
 # From scratch -------------------------------------------------------------------------------------------------------
 
 

@@ -89,29 +89,29 @@ def test_demo_model_is_measured_with_controls_and_a_ceiling(folder, demo_model):
     assert 0 <= json.loads((folder / "scores" / "ceiling.json").read_text(encoding="utf-8"))["macro_f1"] <= 1
 
 
-def test_every_arm_of_the_ablations_runs_and_is_not_run_twice(folder):
-    command = [EXAMPLES / "ablations.py", "--out", "ablations", "--steps", 1, 1, "--batch", 2, "--seeds", 1]
+def test_arms_of_the_ablations_run_and_are_not_run_twice(folder):
+    """A third of them, with one of every claim, since each takes long: the fast tests build and prepare all."""
+    whole = [EXAMPLES / "ablations.py", "--out", "ablations", "--steps", 1, 1, "--batch", 2, "--seeds", 1]
+    run(folder, *whole, "--only", "d")
+    command = [*whole, "--part", "1/3"]
     planned = run(folder, *command, "--list").splitlines()
+    assert {line.split("(")[1][0] for line in planned} >= set("abcef")
     assert planned
     assert all(line.startswith("-") for line in planned)
     run(folder, *command)
     files = {file: file.stat().st_mtime_ns for file in (folder / "ablations" / "test").glob("*.json")}
-    assert len(files) == len(planned)
+    assert len(files) == len(planned) + 1
     assert all(line.startswith("done") for line in run(folder, *command, "--list").splitlines())
     assert run(folder, *command) == ""
     assert files == {file: file.stat().st_mtime_ns for file in files}
-    sizes = {}
+    names = []
     for file in files:
         record = json.loads(file.read_text(encoding="utf-8"))
-        sizes[record["arm"]["name"]] = record["parameters"]
+        names.append(record["arm"]["name"])
         assert record["steps"] == [1, 1]
         assert record["all_train_scans"] == 6
         assert ("report_groups" in record) == (record["arm"]["name"] in ("both levels", "label-free routing"))
         assert len(record.get("report_groups", [0] * 4)) == 4  # scans
-    # Equal totals: what differs are routers and biases.
-    assert sizes["dense, equal total"] == pytest.approx(sizes["both levels"], rel=0.05)
-    assert sizes["token level"] == pytest.approx(sizes["both levels"], rel=0.05)
-    assert sizes["task level"] == pytest.approx(sizes["both levels"], rel=0.05)
     run(folder, EXAMPLES / "results.py", "--out", "ablations", "--write", "results")
     tables = (folder / "results" / "ABLATIONS.md").read_text(encoding="utf-8")
-    assert all(name in tables for name in sizes)
+    assert all(name in tables for name in names)

@@ -173,8 +173,8 @@ def user(page):
 def test_a_real_scan_is_seen_reported_and_asked_about(page, user, test_data, screenshots):
     assert "not a medical device" in user.text(".notice")
     assert SCOPE in user.text(".notice")
-    status = user.upload(test_data / "totalseg" / "aorta_ct_cropped.nii.gz")
-    assert "Scan open: 164 slices" in status
+    status = user.upload(test_data / "totalseg" / "example_ct.nii.gz")
+    assert "Scan open: 112 slices" in status
     assert page.files() == []  # read, and gone
 
     user.until(lambda: user.pixels(".panes figure:not(.routing) img") == [384] * 3)
@@ -209,7 +209,7 @@ def test_a_real_scan_is_seen_reported_and_asked_about(page, user, test_data, scr
     assert json.loads(files["json"])["answers"][0]["question"] == "Is there a pleural effusion?"
     assert SCOPE in " ".join(PdfReader(io.BytesIO(files["pdf"])).pages[0].extract_text().split())
     assert pydicom.dcmread(io.BytesIO(files["dcm"])).VerificationFlag == "UNVERIFIED"
-    assert "aorta_ct_cropped" not in user.browser.page_source
+    assert "example_ct" not in user.browser.page_source
     user.screenshot(screenshots / "real_scan.png")
     user.all("button.label-wrap")[0].click()
     user.until(lambda: user.pixels("#routing img") and user.pixels("#routing img")[0] > 1000)
