@@ -91,8 +91,8 @@ class Arm:
         convert: settings of the conversion, in place of those of the demo model.
         scans: training scans; `None` for all.
         forgotten: pretrained weights that are drawn anew: "nothing", "vision" (tower and projector) or "everything".
-        trained: in both stages: "recipe" (what the recipe says), "tower" (the whole vision tower too) or
-            "everything", the input embeddings too.
+        trained: in both stages: "recipe" (what the recipe says, but for the slice layers, which stay frozen), "tower"
+            (the whole vision tower too) or "everything", the input embeddings too.
         two_stages: False: one stage of the same length that trains everything both stages train.
         groups: what the expert groups of a row are: "task" or "scan" (a hash of the scan's name).
         labelled: whether rows tell their task in training.

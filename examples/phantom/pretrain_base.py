@@ -53,7 +53,7 @@ from ct_moe.trainers.phantoms.texts import (
     slice_findings,
     slice_organs,
     slice_texts,
-    slice_width,
+    slice_widths,
 )
 from ct_moe.trainers.volume_cache import VolumeCache
 
@@ -257,10 +257,9 @@ class SliceTexts(Dataset):
                 any(name == other and (side is None or lesion["side"] in (side, "both")) for other, lesion in seen)
                 for name, side in findings
             ]
-            for name in GROWING:
-                width = max((slice_width(lesion, *ends) for other, lesion in seen if other == name), default=0)
-                row += [width >= least for least in WIDTHS]
-            row += [organ in slice_organs(labels, *ends) for organ in labels["organ_areas"]]
+            widths, organs = slice_widths(seen, *ends), slice_organs(labels, *ends)
+            row += [widths.get(name, 0) >= least for name in GROWING for least in WIDTHS]
+            row += [organ in organs for organ in labels["organ_areas"]]
             rows.append(row + [labels["phase"] == phase for phase in PHASES])
         return torch.tensor(rows, dtype=torch.float32), len(findings)
 

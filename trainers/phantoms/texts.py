@@ -358,11 +358,8 @@ def slice_texts(labels: dict, low: float, high: float, rng: np.random.Generator,
     for name, lesion in seen:
         sides.setdefault(name, set()).add(lesion["side"])
     organs = slice_organs(labels, low, high)
-    named = {
-        name: _with_own_side(name, sides[name], max(slice_width(lesion, low, high) for n, lesion in seen if n == name))
-        for name in FINDINGS
-        if name in sides
-    }
+    widths = slice_widths(seen, low, high)
+    named = {name: _with_own_side(name, sides[name], widths[name]) for name in FINDINGS if name in sides}
     parts = [f"The slice is in the {labels['phase']} phase", f"it shows {', '.join(organs) or 'no organ'}"]
     caption = "; ".join([*parts, ", ".join(named.values()) or "no abnormality"]) + "."
     pairs = [("Describe the slice.", caption)]
@@ -403,12 +400,16 @@ def slice_findings(labels: dict, low: float, high: float) -> list[tuple[str, dic
     ]
 
 
-def slice_width(lesion: dict, low: float, high: float) -> int:
-    """Of a lesion in a slab, in even mm: the diameter of a disc of its mean area there.
+def slice_widths(seen: list[tuple[str, dict]], low: float, high: float) -> dict[str, int]:
+    """Of the widest lesion of each finding of `slice_findings`, in even mm: the diameter of a disc of its mean area.
 
     Not that of the whole lesion, which one slab does not show: where a lesion widens is read from slabs that differ.
     """
-    return max(2, 2 * round((_mean_area(lesion["slice_areas"], low, high) / np.pi) ** 0.5))
+    widths: dict[str, int] = {}
+    for name, lesion in seen:
+        width = 2 * round((_mean_area(lesion["slice_areas"], low, high) / np.pi) ** 0.5)
+        widths[name] = max(2, width, widths.get(name, 0))
+    return widths
 
 
 def slice_organs(labels: dict, low: float, high: float) -> list[str]:
