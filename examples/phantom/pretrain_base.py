@@ -17,9 +17,9 @@
     python examples/phantom/pretrain_base.py --data phantoms --out phantom-base
 
 The base is a LLaVA (CLIP tower, MLP projector, Llama) in the library's own format, made as real ones are: the tower
-learns to tell what the caption of a slice names, findings with their width, organs and phase; then all of it learns to
-caption and to answer from slices. It never sees two slices of one scan together. Cut off, the same command goes on
-with the tower it has.
+learns to tell what the caption of a slice names, findings with their width, organs and phase, and which patches show
+a small lesion; then all of it learns to caption and to answer from slices. It never sees two slices of one scan
+together. Cut off, the same command goes on with the tower it has.
 
 The language models that people convert know the words of their field before they see a volume, and so does this one:
 beside every slice it reads a training row without its scan.
@@ -46,6 +46,7 @@ from transformers import AutoProcessor, LlavaForConditionalGeneration, Trainer, 
 from ct_moe import CTMoEError, CTMoEImageProcessor, DataError
 from ct_moe.hub.folder import new_folder
 from ct_moe.hub.tiny_base import build_tiny_base
+from ct_moe.image_processing_ct_moe import REFERENCE_FIELD_MM
 from ct_moe.trainers.phantoms.labels import FINDINGS, PHASES
 from ct_moe.trainers.phantoms.texts import (
     GROWING,
@@ -74,6 +75,8 @@ TEXT = {
     "num_attention_heads": 6,
     "num_key_value_heads": 6,
 }
+SMALL = ("nodule", "liver lesion", "renal stone")  # balls: the tower also tells which patches show one
+SHIFT = 16  # pixels at most, of a slice that the tower sees, up, down and sideways
 WIDTHS = (20, 30, 40, 50, 60)  # mm of a finding that may widen: the tower tells which of them it reaches in a slice
 SLICES = {"slab_mm": 18.0, "max_slices": 24, "slab_reduction": ("mean", "mean", "max"), "crop_body": True}
 
@@ -83,7 +86,7 @@ def main() -> None:
     parser.add_argument("--data", required=True, type=Path, help="folder written by ct-moe phantom")
     parser.add_argument("--out", required=True, type=Path, help="new folder for the base")
     parser.add_argument("--scans", type=int, default=None, help="use the slices of so many training scans")
-    parser.add_argument("--tower-steps", type=int, default=3000, help="of the tower alone")
+    parser.add_argument("--tower-steps", type=int, default=8000, help="of the tower alone")
     parser.add_argument("--tower-batch", type=int, default=256, help="slices in each of them")
     parser.add_argument("--steps", type=int, default=1400, help="of the whole base")
     parser.add_argument("--batch", type=int, default=64, help="slices in each of them")
@@ -163,24 +166,31 @@ def train(model: LlavaForConditionalGeneration, dataset: "SliceTexts", work: Pat
 
 
 def pretrain_tower(tower: torch.nn.Module, dataset: "SliceTexts", steps: int, batch_size: int, lr: float) -> None:
-    """Teach the vision tower which findings (by side), organs and phase a slice shows.
+    """Teach the vision tower what a slice shows: findings (by side), organs, phase, and small lesions by patch.
 
     A linear head scores every patch, and a sharp log-mean-exp over patches scores the slice, so that a small lesion is
-    learned where it lies. The head is thrown away.
+    learned where it lies. Slices are shifted at random: the tower would know those of its scans by heart otherwise.
+    The head is thrown away.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     tower.to(device)
-    head = torch.nn.Linear(VISION["hidden_size"], dataset.targets.shape[1], device=device)
+    images, targets, balls = (values.to(device) for values in (dataset.pixel_values, dataset.targets, dataset.balls))
+    named = targets.shape[1]
+    head = torch.nn.Linear(VISION["hidden_size"], named + len(SMALL), device=device)
     parameters = [*tower.parameters(), *head.parameters()]
-    optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.05)
+    optimizer = torch.optim.AdamW(parameters, lr=lr, weight_decay=0.05, fused=True)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, lr, total_steps=steps, pct_start=0.1)
-    order = torch.tensor(list(dataset.sampler(batch_size * steps))).split(batch_size)
+    order = torch.tensor(list(dataset.sampler(batch_size * steps)), device=device).split(batch_size)
+    score = torch.nn.functional.binary_cross_entropy_with_logits
+    rare = torch.tensor(8.0, device=device)  # one or two patches of 64 show a lesion
     for batch in tqdm(order, desc="vision tower"):
+        offsets = torch.randint(-SHIFT, SHIFT + 1, (len(batch), 2), device=device)
         with torch.autocast(device.type, torch.bfloat16):
-            outputs = tower(dataset.pixel_values[batch].to(device).float(), output_hidden_states=True)
+            outputs = tower(shifted(images[batch], offsets).float(), output_hidden_states=True)
             scores = head(outputs.hidden_states[-2][:, 1:]).float()  # what a LLaVA reads, without the class token
+        scores, small = scores.split([named, len(SMALL)], dim=2)
         scores = ((4 * scores).logsumexp(1) - math.log(scores.shape[1])) / 4
-        loss = torch.nn.functional.binary_cross_entropy_with_logits(scores, dataset.targets[batch].to(device))
+        loss = score(scores, targets[batch]) + score(small, shown(balls[batch], offsets), pos_weight=rare)
         loss.backward()
         torch.nn.utils.clip_grad_norm_(parameters, 1.0)
         optimizer.step()
@@ -188,6 +198,29 @@ def pretrain_tower(tower: torch.nn.Module, dataset: "SliceTexts", steps: int, ba
         optimizer.zero_grad()
     tower.to("cpu")
     print(f"vision tower: loss {loss.item():.4f} in the last step")
+
+
+def shifted(images: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+    """`(batch, 3, height, width)`, moved up and left by `(batch, 2)` pixels; what comes in repeats the edge."""
+    size = images.shape[-1]
+    rows, columns = ((torch.arange(size, device=images.device) + by[:, None]).clamp(0, size - 1) for by in offsets.T)
+    batch = torch.arange(len(images), device=images.device)[:, None, None]
+    return images[batch, :, rows[:, :, None], columns[:, None]].permute(0, 3, 1, 2)
+
+
+def shown(balls: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+    """Which patches show a ball: `(batch, balls, 4)` of number in `SMALL`, y, x, radius -> `(batch, patches, SMALL)`.
+
+    Those that reach into its inner part, and so always the one with its middle. Pixels; the number is -1 for none.
+    """
+    patch = VISION["patch_size"]
+    edges = torch.arange(0, VISION["image_size"], patch, device=balls.device)
+    middles = balls[..., 1:3] - offsets[:, None]
+    below = torch.maximum(edges - middles[..., None], middles[..., None] - edges - patch).clamp(min=0)  # pixels away
+    away = below[..., 0, :, None].hypot(below[..., 1, None, :]).flatten(2)  # (batch, balls, patches)
+    inside = away < 0.4 * balls[..., 3:]
+    numbers = torch.arange(len(SMALL), device=balls.device)
+    return (inside[..., None] & (balls[..., :1, None] == numbers)).any(1).float()
 
 
 class BalancedTrainer(Trainer):
@@ -210,7 +243,10 @@ class SliceTexts(Dataset):
         self.cache = VolumeCache(data / "slices", image_processor())
         paths = [data / labels["images"] for labels in self.labels]
         with ThreadPoolExecutor(os.cpu_count()) as threads:
-            slabs = list(tqdm(threads.map(self._read, paths), total=len(paths), desc="slices"))
+            read = list(tqdm(threads.map(self._read, paths), total=len(paths), desc="slices"))
+        self.fields = [field for _, field in read]
+        slabs = [pixel_values for pixel_values, _ in read]
+        del read
         self.places = [(scan, slab, len(rows)) for scan, rows in enumerate(slabs) for slab in range(len(rows))]
         self.pixel_values = slabs[0].new_empty((len(self.places), *slabs[0].shape[1:]))
         first = 0
@@ -219,10 +255,14 @@ class SliceTexts(Dataset):
             self.pixel_values[first : first + len(rows)] = rows
             first += len(rows)
         self.targets, self.num_findings = self._targets()
+        self.balls = self._balls()
         self.rows = self._train_rows()
 
-    def _read(self, path: Path) -> torch.Tensor:
-        return torch.from_numpy(self.cache.read(str(path))["pixel_values"]).bfloat16()
+    def _read(self, path: Path) -> tuple[torch.Tensor, float]:
+        """Slabs of a scan, and how many mm they are wide."""
+        row = self.cache.read(str(path))
+        field_mm = REFERENCE_FIELD_MM * math.exp(row["volume_scale"][0])
+        return torch.from_numpy(row["pixel_values"]).bfloat16(), field_mm
 
     def __len__(self) -> int:
         return len(self.places)
@@ -262,6 +302,26 @@ class SliceTexts(Dataset):
             row += [organ in organs for organ in labels["organ_areas"]]
             rows.append(row + [labels["phase"] == phase for phase in PHASES])
         return torch.tensor(rows, dtype=torch.float32), len(findings)
+
+    def _balls(self) -> torch.Tensor:
+        """Small lesions of every slab, `(slabs, lesions, 4)`: number in `SMALL` or -1, y, x and radius in pixels.
+
+        The slices are cropped around the body, whose middle is the origin of a phantom.
+        """
+        size = VISION["image_size"]
+        rows = []
+        for index in range(len(self)):
+            pixels = size / self.fields[self.places[index][0]]
+            rows.append(
+                [
+                    (SMALL.index(name), *(size / 2 + pixels * mm for mm in lesion["centre"][1:]), pixels * radius)
+                    for name, lesion in slice_findings(*self.slab(index))
+                    if name in SMALL
+                    for radius in [lesion["size_mm"] / 2]
+                ]
+            )
+        most = max(map(len, rows))
+        return torch.tensor([row + [(-1, 0, 0, 0)] * (most - len(row)) for row in rows], dtype=torch.float32)
 
     def sampler(self, num_samples: int) -> WeightedRandomSampler:
         """Half of the draws by finding, each finding and side as often as any other, half from all slabs."""

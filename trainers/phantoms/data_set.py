@@ -115,7 +115,7 @@ def _write_split(out: Path, split: str, size: int, seed: int, file_format: str, 
 def _write_rows(out: Path, split: str, scans: list[tuple[str, dict]], seed: int) -> int:
     rng = np.random.default_rng([seed, SPLITS.index(split), 1])
     pools = [questions(labels, rng, split) for _, labels in scans]
-    chosen = balanced(pools, closed=8, opened=6, rng=rng)
+    chosen = balanced(pools, closed=8, opened=8, rng=rng)
     rows = [
         row
         for (name, labels), taken in zip(scans, chosen)

@@ -28,7 +28,7 @@ from .texts import BOTH, NUMBERS, PLACES, SIDED
 
 
 # A number is right within this many mm. Extents cannot be told more finely than the slabs (18 mm in the demo model).
-TOLERANCE_MM = {"size": 4, "extent": 20}
+TOLERANCE_MM = {"size": 4, "width": 7, "extent": 20}
 
 
 def score_open(rows: Sequence[dict], texts: Sequence[str]) -> list[bool]:

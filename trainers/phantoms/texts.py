@@ -18,7 +18,8 @@
 
 Every sentence and question has wordings for train and validation and others, of the same words, for the test split.
 Kinds of questions are those of M3D-VQA (plane, phase, organ, abnormality, location) and `between_slices`: extent along
-the body axis, number of lesions, level in the scanned range, direction of growth. No single slice answers those.
+the body axis, number of lesions, level in the scanned range, width at the ends, direction of growth. No single slice
+answers those.
 """
 
 from collections import Counter
@@ -30,7 +31,7 @@ import numpy as np
 from ct_moe.pipeline_ct_moe import REPORT_PROMPT
 
 from .labels import FINDINGS, LOBES, PHASES
-from .wordings import ABSENT, GROWTH, IMPRESSION, LEVEL, NORMAL, PHASE_SENTENCE, PRESENT, QUESTIONS, SEVERAL
+from .wordings import ABSENT, GROWTH, IMPRESSION, LEVEL, NORMAL, PHASE_SENTENCE, PRESENT, QUESTIONS, SEVERAL, WIDTHS
 
 
 KINDS = ("phase", "organ", "abnormality", "location", "between_slices")  # counted in totals; "plane" never is
@@ -85,6 +86,8 @@ def report_text(labels: dict, rng: np.random.Generator, split: str = "train") ->
             wordings = SEVERAL if name in SEVERAL and len(found[name]) > 1 else PRESENT
             sentences.append(say(wordings[name], **_values(name, found[name])))
             lesion = found[name][0]
+            if name in GROWING and (widths := end_widths(lesion["slice_areas"])):
+                sentences.append(say(WIDTHS, **widths))
             if name in GROWING and lesion["growth"] == _measured_growth(lesion["slice_areas"]):
                 sentences.append(say(GROWTH, direction=GROWTH_TEXTS[lesion["growth"]]))
             levelled = name in ("nodule", *LEVELLED) and len(found[name]) == 1
@@ -144,7 +147,7 @@ def questions(labels: dict, rng: np.random.Generator, split: str = "train") -> l
     normal = sorted(set(ORGANS.values()) - set(abnormal))
     if abnormal and len(normal) >= 3:
         # One with several findings is seldom normal: chosen evenly, it would mostly be right where it is listed.
-        weights = np.array([0.72 ** -list(ORGANS.values()).count(organ) for organ in normal])
+        weights = np.array([0.62 ** -list(ORGANS.values()).count(organ) for organ in normal])
         for organ in abnormal:
             wrong = rng.choice(normal, 3, replace=False, p=weights / weights.sum())
             ask("organ", "organ", organ, [organ, *wrong])
@@ -206,6 +209,10 @@ def _ask_between_slices(labels: dict, found: dict, ask, ask_open) -> None:
             ask(kind, f"extent {name}", f"{nearest} mm", [f"{e} mm" for e in EXTENTS], finding=_NOUNS[name])
         rounded = round(lesion["extent_mm"] / 10) * 10
         ask_open(kind, f"extent {name}", str(rounded), f"About {rounded} mm.", finding=_NOUNS[name])
+        if name in GROWING and (widths := end_widths(lesion["slice_areas"])):
+            for end in ("lower", "upper"):
+                values = {"finding": _NOUNS[name], "end": f"{end} end"}
+                ask_open(kind, f"width {name} {end}", str(widths[end]), f"About {widths[end]} mm.", **values)
         growth = lesion["growth"]
         if growth is not None and growth == _measured_growth(lesion["slice_areas"]):
             text = GROWTH_TEXTS[growth]
@@ -234,13 +241,30 @@ def scan_level(slice_areas: list[float]) -> str | None:
     return LEVELS[quarter] if border > 0.12 else None
 
 
+def end_widths(slice_areas: list[float]) -> dict[str, int] | None:
+    """Of the lower third of a lesion, the middle one and the upper one, to 5 mm: the diameter of a disc of its area.
+
+    They are what a growth is read from. `None` if there are too few slices.
+    """
+    thirds = _thirds(slice_areas)
+    if thirds is None:
+        return None
+    return {end: 5 * round((area / np.pi) ** 0.5 * 2 / 5) for end, area in zip(("lower", "middle", "upper"), thirds)}
+
+
+def _thirds(slice_areas: list[float]) -> list[float] | None:
+    """Mean areas of the thirds of a lesion, from the feet up; `None` of less than five slices."""
+    inside = np.flatnonzero(slice_areas)
+    areas = slice_areas[inside[0] : inside[-1] + 1]
+    return [float(part.mean()) for part in np.array_split(areas, 3)] if len(areas) >= 5 else None
+
+
 def _measured_growth(slice_areas: list[float]) -> str | None:
     """Where a lesion is widest, from its areas; `None` if that is not plain."""
-    areas = np.array(slice_areas)
-    areas = areas[np.flatnonzero(areas)[0] : np.flatnonzero(areas)[-1] + 1]
-    if len(areas) < 5:
+    thirds = _thirds(slice_areas)
+    if thirds is None:
         return None
-    low, mid, high = (part.mean() for part in np.array_split(areas, 3))
+    low, mid, high = thirds
     if high > 1.3 * mid and mid > 1.3 * low:
         return "head"
     if low > 1.3 * mid and mid > 1.3 * high:
@@ -279,7 +303,7 @@ def balanced(
             if not left[is_closed] or question.template in templates:
                 continue
             # Numbers of open questions are too many to be balanced.
-            free = question.template.startswith(("open size", "open extent"))
+            free = question.template.startswith(("open size", "open extent", "open width"))
             if free or seen[question.answer] <= min(seen.values()) + 2:
                 seen[question.answer] += 1
                 left[is_closed] -= 1

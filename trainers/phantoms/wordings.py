@@ -122,6 +122,14 @@ SEVERAL = {
     ),
 }
 # They follow the sentence of the finding that they are about.
+WIDTHS = (
+    (
+        "It measures {lower} mm across at its lower end, {middle} mm in the middle and {upper} mm at its upper end.",
+        "From its lower to its upper end it measures {lower}, {middle} and {upper} mm across.",
+        "Across it measures {lower} mm at the lower end, {middle} mm in the middle and {upper} mm at the upper end.",
+    ),
+    ("At its lower end it measures {lower} mm across, in the middle {middle} mm and at its upper end {upper} mm.",),
+)
 GROWTH = (
     (
         "It widens {direction}.",
@@ -290,6 +298,21 @@ QUESTIONS = {
             "Which is the direction in which the {finding} does widen?",
             "What direction does the {finding} widen in?",
             "Where along the body does the {finding} widen?",
+        ),
+    ),
+    "width": (
+        (
+            "How wide is the {finding} at its {end}?",
+            "What is the width of the {finding} at its {end}?",
+            "How many mm does the {finding} measure across at its {end}?",
+            "Tell the width of the {finding} at its {end}.",
+            "What does the {finding} measure across at its {end}?",
+            "At its {end}, how wide is the {finding}?",
+        ),
+        (
+            "Which width does the {finding} have at its {end}?",
+            "At its {end}, what does the {finding} measure across?",
+            "How many mm wide is the {finding} at its {end}?",
         ),
     ),
     "plane": (

@@ -46,7 +46,7 @@ def lines(path: Path) -> list[dict]:
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("phantoms") / "data"
-    write_phantoms(folder, n=2, validation=2, test=2, workers=1, progress=False)
+    write_phantoms(folder, n=2, validation=2, test=2, seed=7, workers=1, progress=False)
     return folder
 
 
