@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from transformers import CLIPVisionConfig, CLIPVisionModel
 
 from ct_moe.trainers.phantoms.data_set import write_phantoms
 
@@ -55,15 +56,15 @@ def test_slices_are_shifted_and_their_edges_repeated(pretrain_base):
 
 def test_a_patch_shows_a_lesion_whose_inner_part_reaches_into_it(pretrain_base):
     torch.manual_seed(0)
-    balls = torch.cat(
+    lesions = torch.cat(
         [torch.randint(-1, 3, (40, 2, 1)), torch.rand(40, 2, 2) * 150 - 10, torch.rand(40, 2, 1) * 20 + 1], 2
     )
     offsets = torch.randint(-16, 17, (40, 2))
-    shown = pretrain_base.shown(balls, offsets).reshape(40, 8, 8, 3)
+    shown = pretrain_base.shown(lesions, offsets).reshape(40, 8, 8, 3)
     steps = torch.arange(0, 128.001, 0.25)  # a fine grid of points, each in one patch or on the edge of several
-    for ball, offset, patches in zip(balls, offsets, shown):
+    for pair, offset, patches in zip(lesions, offsets, shown):
         wanted = torch.zeros(8, 8, 3)
-        for number, y, x, radius in ball.tolist():
+        for number, y, x, radius in pair.tolist():
             if number < 0:
                 continue
             away = (steps[:, None] - y + offset[0]).hypot(steps - x + offset[1])
@@ -80,7 +81,7 @@ def test_a_patch_shows_a_lesion_whose_inner_part_reaches_into_it(pretrain_base):
 def test_small_lesions_lie_where_the_tower_is_told(pretrain_base, dataset):
     """In the pixels: a nodule and a stone are brighter than what surrounds them, a liver lesion is darker."""
     numbers, sides = set(), []
-    for slab, lesions in enumerate(dataset.balls.tolist()):
+    for slab, lesions in enumerate(dataset.lesions.tolist()):
         for number, y, x, radius in lesions:
             if number < 0:
                 continue
@@ -121,18 +122,47 @@ def test_the_tower_is_taught_the_width_of_a_slab_not_of_the_lesion(pretrain_base
     assert varied > 3
 
 
-def test_the_tower_learns_where_a_lesion_lies(pretrain_base, dataset, tmp_path):
-    """Both parts of the loss reach the tower: each falls when it is trained on a few slabs."""
-    from transformers import CLIPVisionConfig, CLIPVisionModel
+def test_a_lesion_and_its_patch_move_together(pretrain_base):
+    lesions = torch.tensor([[[0.0, 70.0, 40.0, 4.0]]]).expand(9, 1, 4)
+    images = torch.zeros(9, 3, 128, 128)
+    images[:, :, 68:72, 38:42] = 1
+    offsets = torch.cartesian_prod(torch.tensor([-15, 0, 15]), torch.tensor([-15, 0, 15]))
+    bright = pretrain_base.shifted(images, offsets).mean(1).reshape(9, 8, 16, 8, 16).amax((2, 4)).flatten(1)
+    shown = pretrain_base.shown(lesions, offsets)
+    assert (shown[..., 0] <= bright).all()
+    assert (shown[..., 0].sum(1) >= 1).all()
+    assert not shown[..., 1:].any()
 
+
+def test_both_losses_fall(pretrain_base, dataset):
+    """On slabs that are shown again and again, at the scores of the slice and of its patches."""
     torch.manual_seed(0)
     tower = CLIPVisionModel(CLIPVisionConfig(**pretrain_base.VISION))
-    before = {name: value.clone() for name, value in tower.state_dict().items()}
+    targets, lesions = dataset.targets, dataset.lesions
+    head = torch.nn.Linear(pretrain_base.VISION["hidden_size"], targets.shape[1] + len(pretrain_base.SMALL))
+    batch = torch.nonzero(lesions[:, 0, 0] >= 0)[:8, 0]
+    patches = pretrain_base.shown(lesions[batch], torch.zeros(8, 2))
+    optimizer = torch.optim.AdamW([*tower.parameters(), *head.parameters()], lr=1e-3)
+    losses = []
+    for _ in range(40):
+        losses.append(pretrain_base.tower_losses(tower, head, dataset.pixel_values[batch], targets[batch], patches))
+        sum(losses[-1]).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    for first, last in zip(losses[0], losses[-1]):
+        assert last < 0.5 * first
+
+
+def test_pretraining_changes_all_that_a_llava_reads(pretrain_base, dataset):
+    tower = CLIPVisionModel(CLIPVisionConfig(**pretrain_base.VISION))
+    before = {name: value.clone() for name, value in tower.named_parameters()}
     pretrain_base.pretrain_tower(tower, dataset, steps=2, batch_size=8, lr=1e-3)
-    after = tower.state_dict()
-    read = [
-        name
-        for name in before
-        if "layers.4" not in name and "post_layernorm" not in name and "position_ids" not in name
-    ]
-    assert all((before[name] != after[name]).any() for name in read)
+    changed = {name for name, value in tower.named_parameters() if (value != before[name]).any()}
+    assert {name for name in before if "layers.4" not in name and "post_layernorm" not in name} <= changed
+
+
+def test_scans_without_small_lesions(pretrain_base, dataset):
+    healthy = object.__new__(pretrain_base.SliceTexts)
+    healthy.places, healthy.fields = dataset.places[:3], dataset.fields
+    healthy.labels = [labels | {"findings": []} for labels in dataset.labels]
+    assert not pretrain_base.shown(healthy._small_lesions(), torch.zeros(3, 2)).any()

@@ -27,7 +27,8 @@ from .labels import FINDINGS, PHASES
 from .texts import BOTH, NUMBERS, PLACES, SIDED
 
 
-# A number is right within this many mm. Extents cannot be told more finely than the slabs (18 mm in the demo model).
+# A number is right within this many mm. Extents cannot be told more finely than the slabs (18 mm in the demo model);
+# widths are told in steps of 5, of which one beside the right one counts.
 TOLERANCE_MM = {"size": 4, "width": 7, "extent": 20}
 
 

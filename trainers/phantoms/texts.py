@@ -18,8 +18,8 @@
 
 Every sentence and question has wordings for train and validation and others, of the same words, for the test split.
 Kinds of questions are those of M3D-VQA (plane, phase, organ, abnormality, location) and `between_slices`: extent along
-the body axis, number of lesions, level in the scanned range, width at the ends, direction of growth. No single slice
-answers those.
+the body axis, number of lesions, level in the scanned range, direction of growth, none of which a single slice
+answers, and, open only, the width at an end: of the lower or upper third of a lesion, in the mean.
 """
 
 from collections import Counter
@@ -86,7 +86,7 @@ def report_text(labels: dict, rng: np.random.Generator, split: str = "train") ->
             wordings = SEVERAL if name in SEVERAL and len(found[name]) > 1 else PRESENT
             sentences.append(say(wordings[name], **_values(name, found[name])))
             lesion = found[name][0]
-            if name in GROWING and (widths := end_widths(lesion["slice_areas"])):
+            if name in GROWING and (widths := third_widths(lesion["slice_areas"])):
                 sentences.append(say(WIDTHS, **widths))
             if name in GROWING and lesion["growth"] == _measured_growth(lesion["slice_areas"]):
                 sentences.append(say(GROWTH, direction=GROWTH_TEXTS[lesion["growth"]]))
@@ -209,7 +209,7 @@ def _ask_between_slices(labels: dict, found: dict, ask, ask_open) -> None:
             ask(kind, f"extent {name}", f"{nearest} mm", [f"{e} mm" for e in EXTENTS], finding=_NOUNS[name])
         rounded = round(lesion["extent_mm"] / 10) * 10
         ask_open(kind, f"extent {name}", str(rounded), f"About {rounded} mm.", finding=_NOUNS[name])
-        if name in GROWING and (widths := end_widths(lesion["slice_areas"])):
+        if name in GROWING and (widths := third_widths(lesion["slice_areas"])):
             for end in ("lower", "upper"):
                 values = {"finding": _NOUNS[name], "end": f"{end} end"}
                 ask_open(kind, f"width {name} {end}", str(widths[end]), f"About {widths[end]} mm.", **values)
@@ -241,8 +241,8 @@ def scan_level(slice_areas: list[float]) -> str | None:
     return LEVELS[quarter] if border > 0.12 else None
 
 
-def end_widths(slice_areas: list[float]) -> dict[str, int] | None:
-    """Of the lower third of a lesion, the middle one and the upper one, to 5 mm: the diameter of a disc of its area.
+def third_widths(slice_areas: list[float]) -> dict[str, int] | None:
+    """Of the lower third of a lesion, the middle one and the upper one, to 5 mm: diameter of a disc of its mean area.
 
     They are what a growth is read from. `None` if there are too few slices.
     """

@@ -97,10 +97,10 @@ def test_open_answers(template, answer, text, right):
     assert score_open([open_row(template, answer)], [text]) == [right]
 
 
-@pytest.mark.parametrize("measure", ["size", "extent"])
-def test_numbers_count_within_a_tolerance(measure):
-    tolerance = TOLERANCE_MM[measure]
-    row = open_row(f"{measure} aneurysm", "60")
+@pytest.mark.parametrize("template", ["size aneurysm", "extent aneurysm", "width aneurysm lower"])
+def test_numbers_count_within_a_tolerance(template):
+    tolerance = TOLERANCE_MM[template.split()[0]]
+    row = open_row(template, "60")
     said = [60, 60 - tolerance, 60 + tolerance, 60 - tolerance - 1, 60 + tolerance + 1]
     texts = [f"It measures {number} mm." for number in said]
     assert score_open([row] * 5, texts) == [True, True, True, False, False]

@@ -206,6 +206,14 @@ def test_reports_give_the_numbers_and_places_of_the_labels(scans, split):
                 # Nodules by the place of the largest; of what may be in two places both are told.
                 places = {lesion["place"] for lesion in lesions}
                 assert (BOTH[name] if name in BOTH and len(places) == 2 else largest["place"]) in sentence
+            if name in ("consolidation", "aneurysm"):
+                areas = np.trim_zeros(largest["slice_areas"])
+                following = sentences[sentences.index(sentence) + 1 :][:1]
+                assert (len(areas) >= 5) == bool(following and re.search(r"lower.*upper", following[0]))
+                if len(areas) >= 5:
+                    told = list(map(int, re.findall(r"\d+", following[0])))
+                    widths = [2 * (third.mean() / np.pi) ** 0.5 for third in np.array_split(areas, 3)]
+                    assert np.abs(np.subtract(told, widths)).max() <= 2.5  # from the feet up, as the words are
             if len(lesions) > 1:
                 assert re.search(r"the largest (?:of|measures|with)|of the largest", sentence)
 
