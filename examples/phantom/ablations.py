@@ -70,7 +70,7 @@ EXPERTS, WIDTH = SETTINGS["num_experts"], SETTINGS["moe_intermediate_size"]  # p
 GROUPS = 1 + len(TASKS)
 DENSE = {"moe_layers": []}
 ALL_SLICES = SLICES["max_slices"]  # pz = all
-STEPS = (90, 30)  # of stage 1 and stage 2: a run must end in eight minutes on two cores
+STEPS = (80, 25)  # of stage 1 and stage 2: a run must end in eight minutes on two cores
 BATCH = 8  # rows per step; all else as in the recipe of the demo model
 SCARCITY = (50, 400, None)  # training scans; None for all
 REUSE = {"reused": "nothing", "vision from scratch": "vision", "from scratch": "everything"}

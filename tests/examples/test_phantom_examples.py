@@ -39,7 +39,7 @@ def run(folder: Path, *command: object) -> str:
 def folder(tmp_path_factory):
     """Phantoms and a base."""
     folder = tmp_path_factory.mktemp("phantom")
-    run(folder, "-m", "ct_moe.hub.cli", "phantom", "phantoms", "--n", 6, "--validation", 4, "--test", 4)
+    run(folder, "-m", "ct_moe.hub.cli", "phantom", "phantoms", "--n", 6, "--validation", 2, "--test", 2)
     base = [EXAMPLES / "pretrain_base.py", "--data", "phantoms"]
     run(folder, *base, "--out", "phantom-base", "--tower-steps", 2, "--steps", 2)
     return folder
@@ -77,7 +77,7 @@ def test_demo_model_is_measured_with_controls_and_a_ceiling(folder, demo_model):
     scores = json.loads((folder / "scores" / "scores.json").read_text(encoding="utf-8"))
     lines = (folder / "scores" / "answers.jsonl").read_text(encoding="utf-8").splitlines()
     answers = list(map(json.loads, lines))
-    assert scores["plane"]["n"] == sum(answer["kind"] == "plane" for answer in answers) == 4
+    assert scores["plane"]["n"] == sum(answer["kind"] == "plane" for answer in answers) == 2
     closed = [answer for answer in answers if answer["task"] == "vqa_closed" and answer["kind"] != "plane"]
     assert scores["closed"]["n"] == len(closed)
     assert scores["closed"]["accuracy"] == pytest.approx(sum(answer["right"] for answer in closed) / len(closed))
@@ -111,7 +111,7 @@ def test_arms_of_the_ablations_run_and_are_not_run_twice(folder):
         assert record["steps"] == [1, 1]
         assert record["all_train_scans"] == 6
         assert ("report_groups" in record) == (record["arm"]["name"] in ("both levels", "label-free routing"))
-        assert len(record.get("report_groups", [0] * 4)) == 4  # scans
+        assert len(record.get("report_groups", [0] * 2)) == 2  # scans
     run(folder, EXAMPLES / "results.py", "--out", "ablations", "--write", "results")
     tables = (folder / "results" / "ABLATIONS.md").read_text(encoding="utf-8")
     assert all(name in tables for name in names)
