@@ -16,7 +16,8 @@
     python examples/phantom/ceiling.py --data phantoms --model examples/demo_model
 
 A small convolutional network sees every slab, takes the maximum over slabs and scores the ten findings. It needs no
-words; what it reaches is what these pixels allow a network of this size. Thresholds come from the validation split.
+words, and is told which scans have a finding but not where: a model whose tower was told that can be above it.
+Thresholds come from the validation split.
 """
 
 import argparse

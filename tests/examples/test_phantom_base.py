@@ -153,12 +153,25 @@ def test_both_losses_fall(pretrain_base, dataset):
         assert last < 0.5 * first
 
 
-def test_pretraining_changes_all_that_a_llava_reads(pretrain_base, dataset):
+def test_pretraining_shifts_slices_and_changes_all_that_a_llava_reads(pretrain_base, dataset, monkeypatch):
+    seen = {"shifted": [], "shown": []}
+    for name in seen:
+        original = getattr(pretrain_base, name)
+
+        def listening(values, offsets, name=name, original=original):
+            seen[name].append(offsets)
+            return original(values, offsets)
+
+        monkeypatch.setattr(pretrain_base, name, listening)
     tower = CLIPVisionModel(CLIPVisionConfig(**pretrain_base.VISION))
     before = {name: value.clone() for name, value in tower.named_parameters()}
     pretrain_base.pretrain_tower(tower, dataset, steps=2, batch_size=8, lr=1e-3)
     changed = {name for name, value in tower.named_parameters() if (value != before[name]).any()}
     assert {name for name in before if "layers.4" not in name and "post_layernorm" not in name} <= changed
+    assert len(seen["shifted"]) == 2
+    for moved, told in zip(seen["shifted"], seen["shown"], strict=True):
+        assert torch.equal(moved, told)
+        assert moved.any()
 
 
 def test_scans_without_small_lesions(pretrain_base, dataset):
