@@ -4,6 +4,7 @@ import os
 from pathlib import Path
 
 import pytest
+from clean_environment import clean_environment
 
 
 @pytest.fixture(scope="session")
@@ -26,3 +27,9 @@ def model_folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("tiny")
     convert_base(build_tiny_base(folder / "base"), folder / "model", parity=False, progress=False)
     return folder / "model"
+
+
+@pytest.fixture(scope="session")
+def python_without_package(tmp_path_factory) -> Path:
+    """The interpreter of a new virtual environment with what a model card asks for, to be run only."""
+    return clean_environment(tmp_path_factory.mktemp("without_package"), "torch", "transformers", "nibabel", "pillow")

@@ -17,12 +17,12 @@ import json
 import os
 import subprocess
 import sys
-import venv
 from pathlib import Path
 
 import pytest
 import torch
 import use_auto_classes
+from clean_environment import clean_environment
 from safetensors.torch import load_file
 from tiny_families import FAMILIES, build_dinov2, build_family
 
@@ -35,19 +35,9 @@ SCRIPT = ROOT / "tests" / "use_auto_classes.py"
 
 
 @pytest.fixture(scope="module")
-def environments(tmp_path_factory):
-    """Two new virtual environments: what the model card asks for, and this package from its wheel."""
-    folder = tmp_path_factory.mktemp("environments")
-    pythons = {}
-    for name, packages in {
-        "without_package": ["torch", "transformers", "nibabel", "pillow"],
-        "inference": [str(ROOT)],
-    }.items():
-        venv.create(folder / name, with_pip=True)
-        pythons[name] = folder / name / "bin" / "python"
-        pip = [pythons[name], "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-        subprocess.run([*pip, "-c", ROOT / "constraints.txt", *packages], check=True)
-    return pythons
+def python_for_inference(tmp_path_factory) -> Path:
+    """The interpreter of a new virtual environment with this package from its wheel."""
+    return clean_environment(tmp_path_factory.mktemp("inference"), str(ROOT))
 
 
 def run(command: list, folder: Path, **variables) -> subprocess.CompletedProcess:
@@ -64,10 +54,12 @@ def run(command: list, folder: Path, **variables) -> subprocess.CompletedProcess
     )
 
 
-def test_folder_loads_without_the_package_and_gives_the_same_bits(environments, model_folder, test_data, tmp_path):
+def test_folder_loads_without_the_package_and_gives_the_same_bits(
+    python_without_package, model_folder, test_data, tmp_path
+):
     scan = test_data / "totalseg" / "example_ct_sm.nii.gz"
     printed, tensors = {}, {}
-    for mode, python in (("remote", environments["without_package"]), ("library", sys.executable)):
+    for mode, python in (("remote", python_without_package), ("library", sys.executable)):
         out = tmp_path / f"{mode}.safetensors"
         result = run([python, SCRIPT, mode, model_folder, scan, out], tmp_path)
         assert result.returncode == 0, result.stderr
@@ -83,7 +75,7 @@ def test_folder_loads_without_the_package_and_gives_the_same_bits(environments, 
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_every_family_loads_without_the_package(environments, family, test_data, tmp_path):
+def test_every_family_loads_without_the_package(python_without_package, family, test_data, tmp_path):
     scan = test_data / "totalseg" / "example_ct_sm.nii.gz"
     if family == "dinov2":
         base, tower = build_dinov2(tmp_path / "base")
@@ -91,7 +83,7 @@ def test_every_family_loads_without_the_package(environments, family, test_data,
     else:
         size = {"qwen2_5_vl": {"image_size": 112}, "qwen3_vl": {"image_size": 64}}.get(family, {})
         convert_base(build_family(family, tmp_path / "base"), tmp_path / "model", progress=False, **size)
-    python, out = environments["without_package"], tmp_path / "remote.safetensors"
+    python, out = python_without_package, tmp_path / "remote.safetensors"
     result = run([python, SCRIPT, "remote", tmp_path / "model", scan, out], tmp_path)
     assert result.returncode == 0, result.stderr
     use_auto_classes.main("library", str(tmp_path / "model"), str(scan), str(tmp_path / "library.safetensors"))
@@ -101,7 +93,7 @@ def test_every_family_loads_without_the_package(environments, family, test_data,
         torch.testing.assert_close(tensor, remote[name], atol=1e-6, rtol=1e-5)
 
 
-def test_a_folder_saved_by_its_own_code_is_whole(environments, model_folder, tmp_path):
+def test_a_folder_saved_by_its_own_code_is_whole(python_without_package, model_folder, tmp_path):
     code = (
         "import sys; from transformers import AutoModel, AutoProcessor, pipeline\n"
         "for name in ('model', 'processor'):\n"
@@ -109,13 +101,13 @@ def test_a_folder_saved_by_its_own_code_is_whole(environments, model_folder, tmp
         "    auto.from_pretrained(sys.argv[1], trust_remote_code=True).save_pretrained('again')\n"
         "print(type(pipeline('ct-report', model='again', trust_remote_code=True)).__name__)\n"
     )
-    result = run([environments["without_package"], "-c", code, model_folder], tmp_path)
+    result = run([python_without_package, "-c", code, model_folder], tmp_path)
     assert result.returncode == 0, result.stderr
     assert result.stdout.splitlines()[-1] == "CTReportPipeline"
 
 
-def test_inference_needs_no_training_packages(environments, model_folder, test_data, tmp_path):
-    python = environments["inference"]
+def test_inference_needs_no_training_packages(python_for_inference, model_folder, test_data, tmp_path):
+    python = python_for_inference
     packages = json.loads(run([python, "-m", "pip", "list", "--format", "json"], tmp_path).stdout)
     installed = {package["name"].lower() for package in packages}
     assert not installed & {"trl", "peft", "datasets", "accelerate", "pytest", "torchvision"}
@@ -125,8 +117,8 @@ def test_inference_needs_no_training_packages(environments, model_folder, test_d
     assert "task report" in report.stdout
 
 
-def test_demo_runs_on_a_real_scan_and_on_its_own(environments, test_data, tmp_path):
-    python, demo = environments["inference"], ROOT / "examples" / "demo.py"
+def test_demo_runs_on_a_real_scan_and_on_its_own(python_for_inference, test_data, tmp_path):
+    python, demo = python_for_inference, ROOT / "examples" / "demo.py"
     for scan in (["--scan", test_data / "totalseg" / "aorta_ct_cropped.nii.gz"], []):
         out = tmp_path / f"out{len(scan)}"
         result = run([python, demo, *scan, "--out", out], tmp_path)
@@ -142,8 +134,8 @@ def test_demo_runs_on_a_real_scan_and_on_its_own(environments, test_data, tmp_pa
             assert (out / picture).stat().st_size > 10_000
 
 
-def test_demo_names_a_scan_that_is_missing(environments, tmp_path):
-    result = run([environments["inference"], ROOT / "examples" / "demo.py", "--scan", "no.nii"], tmp_path)
+def test_demo_names_a_scan_that_is_missing(python_for_inference, tmp_path):
+    result = run([python_for_inference, ROOT / "examples" / "demo.py", "--scan", "no.nii"], tmp_path)
     assert result.returncode == 1
     assert len(result.stderr.splitlines()) == 1
     assert result.stderr.startswith("demo: error: no.nii: no such file")
