@@ -27,6 +27,8 @@ from PIL import Image, ImageDraw, ImageFont
 from ct_moe.errors_ct_moe import VolumeError
 from ct_moe.image_processing_ct_moe import CTMoEImageProcessor
 
+from .whole_file import whole_file
+
 
 MIN_TILE, GAP, MARGIN = 224, 2, 8  # pixels
 BACKGROUND = (34, 34, 38)  # not black, so that the edges of a slice show
@@ -176,12 +178,10 @@ def wrap(text: str, font, width: int) -> list[str]:
 
 def save_png(picture: Image.Image, out: Path) -> None:
     """Writes all of the file or, with a `VolumeError`, nothing."""
-    part = out.with_name(f"{out.name}.part")
     try:
-        picture.save(part, format="PNG", optimize=True)
-        os.replace(part, out)
+        with whole_file(out) as part:
+            picture.save(part, format="PNG", optimize=True)
     except OSError as error:
-        part.unlink(missing_ok=True)
         raise VolumeError(
             str(out), f"cannot be written ({error.strerror})", "Choose a file in a folder that exists"
         ) from error

@@ -36,6 +36,7 @@ from transformers.trainer_utils import rotate_checkpoints
 from trl import SFTTrainer
 
 from ct_moe import TrainingError
+from ct_moe.hub.whole_file import whole_file
 
 from .checkpoints import SaveOnSignal, last_checkpoint, mark_complete
 from .collator import CTMoEDataCollator
@@ -472,9 +473,8 @@ def _cut_lines(path: Path, step: int) -> None:
         with suppress(json.JSONDecodeError):
             if json.loads(line)["step"] <= step > 0:
                 kept.append(json.loads(line))
-    part = path.with_name(f"{path.name}.part")
-    _write_lines(part, kept)
-    os.replace(part, path)
+    with whole_file(path) as part:
+        _write_lines(part, kept)
 
 
 def _write_lines(path: Path, records: list[dict[str, Any]], mode: str = "w") -> None:

@@ -32,7 +32,6 @@ import shutil
 import sys
 import tempfile
 import time
-import uuid
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -54,6 +53,7 @@ from ct_moe import (
     DataError,
     TrainingError,
 )
+from ct_moe.hub.whole_file import whole_file
 from ct_moe.trainers.evaluation.answering import answer_rows
 from ct_moe.trainers.evaluation.cut_numbers import cut_percent
 from ct_moe.trainers.packing import pack_rows
@@ -255,14 +255,10 @@ def part_of(runs: list, part: str) -> list:
 
 
 def write_once(file: Path, text: str) -> None:
-    """Whole or not at all, under a name that no other process uses until then."""
+    """Into a folder that may be new, though other processes write there too."""
     file.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = file.with_suffix(f".{uuid.uuid4().hex}.part")
-    try:
-        unfinished.write_text(text, encoding="utf-8")
-        unfinished.replace(file)
-    finally:
-        unfinished.unlink(missing_ok=True)
+    with whole_file(file) as part:
+        part.write_text(text, encoding="utf-8")
 
 
 def result_file(out: Path, split: str, arm: Arm, seed: int) -> Path:

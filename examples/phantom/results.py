@@ -290,7 +290,7 @@ def read_runs(out: Path) -> Results:
     plan = {(arm.question, arm.name): arm for arm in arms()}
     planned = {name: arm.seeds for name, arm in plan.items()}
     planned[WRONG_GROUP] = plan[REFERENCE].seeds
-    files = sorted((out / "test").glob("*.json"))
+    files = sorted((out / "test").glob("?_*.json"))
     if not files:
         raise DataError(str(out / "test"), "no run is there", f"Run: python examples/phantom/ablations.py --out {out}")
     results = Results([], [], {}, planned)

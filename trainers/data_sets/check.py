@@ -27,6 +27,7 @@ from typing import Any, Literal
 from tqdm.auto import tqdm
 
 from ct_moe import DataError, VolumeError, load_volume
+from ct_moe.hub.whole_file import whole_file
 
 from .catalogue import DataSet, find_data_set, licence_text, read_items
 from .ct_rate import SPLITS, labels_file, no_chest_file, read_labels
@@ -113,7 +114,7 @@ def check_data_set(
     rows_of: dict[str, list[tuple[str, int]]] = {}
     labels = _look_beside(report, name, Path(root), split)
     unlabelled = 0
-    with _whole_file(items) as write:
+    with _items_file(items) as write:
         for item in tqdm(read_items(name, root, split), desc="rows", unit="row", disable=not progress):
             if isinstance(item, BadRow) and item.is_left_out:
                 report.left_out += 1
@@ -183,18 +184,13 @@ def check_text(report: CheckReport, data_set: DataSet, split: str, most: int = 1
 
 
 @contextmanager
-def _whole_file(path: Path | None) -> Iterator[Callable[[Item], None]]:
+def _items_file(path: Path | None) -> Iterator[Callable[[Item], None]]:
     """Yield what writes an item; the file takes its name when all are written."""
     if path is None:
         yield lambda item: None
         return
-    part = path.with_name(f".part-{path.name}")
-    try:
-        with part.open("w", encoding="utf-8") as file:
-            yield lambda item: print(json.dumps({name: getattr(item, name) for name in _TOLD}), file=file)
-        part.replace(path)
-    finally:
-        part.unlink(missing_ok=True)
+    with whole_file(path) as part, part.open("w", encoding="utf-8") as file:
+        yield lambda item: print(json.dumps({name: getattr(item, name) for name in _TOLD}), file=file)
 
 
 _TOLD = ("id", "images", "prompt", "task", "kind")

@@ -20,7 +20,6 @@ What is written is int16 HU with them in the header, in the folders of version 2
 
 import errno
 import json
-import os
 import zlib
 from pathlib import Path
 
@@ -32,6 +31,7 @@ from nibabel.wrapstruct import WrapStructError
 from tqdm.auto import tqdm
 
 from ct_moe import DataError, VolumeError
+from ct_moe.hub.whole_file import whole_file
 
 from .ct_rate import SPLITS, scan_path
 from .files import read_csv
@@ -133,12 +133,8 @@ def fix_scan(
     fixed.header.set_xyzt_units("mm")
     fixed.header["descrip"] = _MARK
     target.parent.mkdir(parents=True, exist_ok=True)
-    part = target.with_name(f".part-{os.getpid()}-{target.name}")
-    try:
+    with whole_file(target) as part:
         nib.save(fixed, part)
-        os.replace(part, target)
-    finally:
-        part.unlink(missing_ok=True)
 
 
 def _geometry(row: dict[str, str]) -> tuple[float, float, tuple[float, float, float], np.ndarray]:

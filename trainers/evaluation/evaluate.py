@@ -25,7 +25,6 @@ The same arguments give the same OUT.json, however often the run was killed and 
 
 import hashlib
 import json
-import os
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from importlib.util import find_spec
@@ -33,6 +32,7 @@ from pathlib import Path
 from typing import Any
 
 from ct_moe import DataError
+from ct_moe.hub.whole_file import whole_file
 
 from ..data_sets.catalogue import DATA_SETS, find_data_set, read_items
 from ..data_sets.ct_rate import labels_file, read_labels
@@ -132,9 +132,8 @@ def evaluate(
     if "labels" in baselines:
         others["labels"] = labels_to_template(asked.items, asked.labels)
     result = _result(asked, said, others, scoring)
-    part = out.with_name(f"{out.name}.part")
-    part.write_text(json.dumps(result, indent=2, sort_keys=True, allow_nan=False) + "\n", encoding="utf-8")
-    os.replace(part, out)
+    with whole_file(out) as part:
+        part.write_text(json.dumps(result, indent=2, sort_keys=True, allow_nan=False) + "\n", encoding="utf-8")
     plot_kinds(result, out.with_suffix(".png"))
     return result
 

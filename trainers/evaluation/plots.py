@@ -17,6 +17,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from ct_moe.hub.whole_file import whole_file
+
 
 METRICS = {"closed": "strict", "open": "bleu1", "report": "bleu1"}
 TITLES = {"closed": "closed questions, % right", "open": "open questions, BLEU-1", "report": "reports, BLEU-1"}
@@ -61,7 +63,6 @@ def plot_kinds(result: dict[str, Any], file: Path) -> bool:
     for axis in axes:
         legend |= dict(zip(*axis.get_legend_handles_labels()[::-1]))
     figure.legend(legend.values(), legend.keys(), loc="outside lower center", ncols=len(legend), frameon=False)
-    part = file.with_name(f".part-{file.name}")
-    figure.savefig(part, dpi=120)
-    part.replace(file)
+    with whole_file(file) as part:
+        figure.savefig(part, dpi=120)
     return True
