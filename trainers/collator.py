@@ -54,17 +54,20 @@ class CTMoEDataCollator(DataCollatorForVisionLanguageModeling):
         on_error: `"skip"` or `"raise"`, for scans that cannot be read.
         always_volumes: whether batches of text alone get such a row as well: where parameters are spread over
             processes, a process that leaves the vision encoder out keeps the others waiting.
+        workers_ignore_sigterm: for [`CTMoESFTTrainer`] while it trains: a launcher signals the whole group, and the
+            step that is to be saved needs its batch. Who sets it has to shut the workers down: a process that ends
+            otherwise would wait for persistent ones forever.
     """
 
     completion_only_loss: bool = True
     volume_cache: VolumeCache | None = None
     on_error: str = "skip"
     always_volumes: bool = False
+    workers_ignore_sigterm: bool = False
 
     def torch_call(self, examples: list[dict[str, Any]]) -> dict[str, Any]:
-        if torch.utils.data.get_worker_info() is not None:
-            # A launcher signals the whole group, and the step that is to be saved needs its batch. torch's own handler
-            # would end the worker; without it the worker ends with its parent.
+        if self.workers_ignore_sigterm and torch.utils.data.get_worker_info() is not None:
+            # torch's own handler would end the worker; without it the worker ends with its parent.
             signal.signal(signal.SIGTERM, signal.SIG_IGN)
         examples, failed = self._read(examples)
         names = [example["name"] for example in examples]

@@ -146,14 +146,16 @@ class CTMoESFTTrainer(SFTTrainer):
         self.rows_seen, self.rows_failed = counts["rows_seen"], counts["rows_failed"]
         if self.is_world_process_zero():
             _cut_lines(Path(self.args.output_dir) / _SKIPPED, counts["step"])
+        self.data_collator.workers_ignore_sigterm = True
         try:
             with _without_cudnn_attention():
                 return super().train(checkpoint, **kwargs)
         finally:
+            self.data_collator.workers_ignore_sigterm = False
             self.signals.restore()
             self._held.release()
             for loader in self.accelerator._dataloaders:
-                # Persistent workers ignore SIGTERM: left to the end of the process, they would be waited for.
+                # Left to the end of the process, persistent ones would be waited for.
                 iterator = getattr(getattr(loader, "base_dataloader", loader), "_iterator", None)
                 if iterator is not None:
                     iterator._shutdown_workers()

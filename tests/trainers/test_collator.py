@@ -13,6 +13,8 @@
 # limitations under the License.
 """Rows to batches: the same inputs as the processor gives, labels on the answer only, nothing of it in the guide."""
 
+import subprocess
+import sys
 from copy import deepcopy
 
 import pytest
@@ -163,3 +165,25 @@ def test_a_column_of_another_meaning_is_left_alone(collator, scans):
     example = row(1, "report", "text", scans[:1])
     plain, other = collator([dict(example)]), collator([example | {"text": "something else", "patient": 3}])
     assert torch.equal(plain["input_ids"], other["input_ids"])
+
+
+_LOADER = """
+import sys
+from torch.utils.data import DataLoader
+from ct_moe import CTMoEProcessor
+from ct_moe.trainers import CTMoEDataCollator
+row = {
+    "images": [sys.argv[2]],
+    "prompt": [{"role": "user", "content": "Where?"}],
+    "completion": [{"role": "assistant", "content": "there"}],
+}
+collator = CTMoEDataCollator(CTMoEProcessor.from_pretrained(sys.argv[1]))
+loader = DataLoader([row] * 4, batch_size=2, num_workers=1, persistent_workers=True, collate_fn=collator)
+print(len(list(loader)))
+"""
+
+
+def test_a_process_with_persistent_workers_ends(model_folder, scans):
+    command = [sys.executable, "-c", _LOADER, model_folder, scans[0]]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False)
+    assert (result.returncode, result.stdout) == (0, "2\n"), result.stderr
