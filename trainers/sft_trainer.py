@@ -155,7 +155,7 @@ class CTMoESFTTrainer(SFTTrainer):
             self.signals.restore()
             self._held.release()
             for loader in self.accelerator._dataloaders:
-                # Left to the end of the process, persistent ones would be waited for.
+                # They ignore SIGTERM: left to the end of the process, persistent ones would be waited for.
                 iterator = getattr(getattr(loader, "base_dataloader", loader), "_iterator", None)
                 if iterator is not None:
                     iterator._shutdown_workers()

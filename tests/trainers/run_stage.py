@@ -19,6 +19,7 @@ Keys of the JSON: model, rows (file), out, stage (1 or 2), settings, die (`at`: 
 import json
 import os
 import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -37,7 +38,9 @@ class Die(TrainerCallback):
         if state.global_step == self.step and self.at in ("step", "signal"):
             os.kill(os.getpid(), signal.SIGKILL if self.at == "step" else signal.SIGTERM)
         if state.global_step == self.step and self.at == "group":
-            os.killpg(os.getpgrp(), signal.SIGTERM)
+            # By another process, as a scheduler does: a worker that its parent signals ends as if it had been done.
+            end = f"import os, signal; os.killpg({os.getpgrp()}, signal.SIGTERM)"
+            subprocess.run([sys.executable, "-c", end], start_new_session=True, check=True)
 
 
 def die_while_saving(step: int) -> None:
