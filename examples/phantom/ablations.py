@@ -235,7 +235,9 @@ def main() -> None:
                 continue
             print(f"{number} of {len(runs)}: ({arm.question}) {arm.name}, seed {seed}", flush=True)
             result = run(arm, seed, args)
-            write_once(file, json.dumps(result) + "\n")
+            file.parent.mkdir(parents=True, exist_ok=True)
+            with whole_file(file) as part:
+                part.write_text(json.dumps(result) + "\n", encoding="utf-8")
             closed = result["scores"]["closed"]
             print(
                 f"  closed {cut_percent(closed['accuracy'])} %, between slices "
@@ -252,13 +254,6 @@ def part_of(runs: list, part: str) -> list:
     if not (number.isdecimal() and parts.isdecimal() and 1 <= int(number) <= int(parts)):
         raise DataError("--part", f"{part!r} is no part", "Write I/N, with I from 1 to N")
     return runs[int(number) - 1 :: int(parts)]
-
-
-def write_once(file: Path, text: str) -> None:
-    """Into a folder that may be new, though other processes write there too."""
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with whole_file(file) as part:
-        part.write_text(text, encoding="utf-8")
 
 
 def result_file(out: Path, split: str, arm: Arm, seed: int) -> Path:

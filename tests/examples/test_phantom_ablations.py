@@ -17,7 +17,6 @@ import argparse
 import importlib
 import json
 import sys
-import threading
 from pathlib import Path
 
 import pytest
@@ -288,17 +287,6 @@ def test_a_missing_base_is_named(ablations, tmp_path):
     (tmp_path / "base" / "model.safetensors").unlink()
     with pytest.raises(DataError, match=r"model\.safetensors: cannot be read"):
         ablations.hashes(args)
-
-
-def test_records_are_written_whole_by_processes_at_the_same_time(ablations, tmp_path):
-    file, texts = tmp_path / "new" / "run.json", [str(number) * 200_000 for number in range(8)]
-    writers = [threading.Thread(target=ablations.write_once, args=(file, text)) for text in texts]
-    for writer in writers:
-        writer.start()
-    for writer in writers:
-        writer.join()
-    assert file.read_text() in texts
-    assert list(file.parent.iterdir()) == [file]
 
 
 def test_parts_share_no_run_and_leave_none_out(ablations):

@@ -128,6 +128,12 @@ def test_means_are_over_seeds(results, two_seeds):
     assert (between, opened) == ("87.5", "87.5")
 
 
+def test_a_record_that_is_being_written_is_not_read(results, two_seeds):
+    records = results.read_runs(two_seeds).records
+    (two_seeds / "test" / ".part-0-c_both-levels_2.json").write_text("{")
+    assert results.read_runs(two_seeds).records == records
+
+
 def test_the_interval_is_that_of_scans(results, two_seeds):
     read = results.read_runs(two_seeds)
     mean, interval, per_seed = results.accuracy(read, BOTH, [0, 1], read.closed)
