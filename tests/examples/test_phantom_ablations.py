@@ -45,7 +45,7 @@ def ablations():
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(FOLDER))
         yield importlib.import_module("ablations")
-    for name in ("ablations", "train_demo", "pretrain_base"):
+    for name in ("ablations", "train_demo", "between_rows", "pretrain_base"):
         sys.modules.pop(name, None)
 
 

@@ -47,13 +47,15 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def demo_model(folder):
-    recipe = (EXAMPLES / "recipe.yaml").read_text(encoding="utf-8")
-    recipe, stages = re.subn(r"max_steps: \d+", "max_steps: 2", recipe)
-    assert stages == 2
-    recipe, batches = re.subn(r"train_batch_size: \d+", "train_batch_size: 4", recipe)
-    assert batches == 1
-    (folder / "recipe.yaml").write_text(recipe, encoding="utf-8")
-    run(folder, EXAMPLES / "train_demo.py", "--recipe", "recipe.yaml", "--out", "demo_model")
+    for name, stages in (("recipe.yaml", 2), ("recipe_between.yaml", 1)):
+        recipe = (EXAMPLES / name).read_text(encoding="utf-8")
+        recipe, found = re.subn(r"max_steps: \d+", "max_steps: 2", recipe)
+        assert found == stages
+        recipe, found = re.subn(r"train_batch_size: \d+", "train_batch_size: 4", recipe)
+        assert found == 1
+        (folder / name).write_text(recipe, encoding="utf-8")
+    recipes = ["--recipe", "recipe.yaml", "--between-recipe", "recipe_between.yaml"]
+    run(folder, EXAMPLES / "train_demo.py", *recipes, "--out", "demo_model")
     return folder / "demo_model"
 
 

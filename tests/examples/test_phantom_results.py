@@ -40,7 +40,7 @@ def results():
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(FOLDER))
         yield importlib.import_module("results")
-    for name in ("results", "ablations", "train_demo", "pretrain_base"):
+    for name in ("results", "ablations", "train_demo", "between_rows", "pretrain_base"):
         sys.modules.pop(name, None)
 
 

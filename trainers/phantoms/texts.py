@@ -249,7 +249,7 @@ def third_widths(slice_areas: list[float]) -> dict[str, int] | None:
     thirds = _thirds(slice_areas)
     if thirds is None:
         return None
-    return {end: 5 * round((area / np.pi) ** 0.5 * 2 / 5) for end, area in zip(("lower", "middle", "upper"), thirds)}
+    return {end: 5 * round(_disc_diameter(area) / 5) for end, area in zip(("lower", "middle", "upper"), thirds)}
 
 
 def _thirds(slice_areas: list[float]) -> list[float] | None:
@@ -431,7 +431,7 @@ def slice_widths(seen: list[tuple[str, dict]], low: float, high: float) -> dict[
     """
     widths: dict[str, int] = {}
     for name, lesion in seen:
-        width = 2 * round((_mean_area(lesion["slice_areas"], low, high) / np.pi) ** 0.5)
+        width = 2 * round(_disc_diameter(_mean_area(lesion["slice_areas"], low, high)) / 2)
         widths[name] = max(2, width, widths.get(name, 0))
     return widths
 
@@ -439,6 +439,10 @@ def slice_widths(seen: list[tuple[str, dict]], low: float, high: float) -> dict[
 def slice_organs(labels: dict, low: float, high: float) -> list[str]:
     """Organs that cover more than 100 mm2 of a slab."""
     return [name for name, areas in labels["organ_areas"].items() if _mean_area(areas, low, high) > 100]
+
+
+def _disc_diameter(area: float) -> float:
+    return 2 * (area / np.pi) ** 0.5
 
 
 def _mean_area(areas: list[float], low: float, high: float) -> float:
