@@ -418,7 +418,9 @@ def _recipes(facts: CardFacts, stages: list[dict]) -> str:
             rows.append([name, *(_setting(report["settings"].get(name)) for report in stages)])
     for name in names:
         rows.append([f"trained: {name}", *(_part(report, name) for report in stages)])
-    versions = ", ".join(f"{name} {number}" for name, number in stages[-1]["versions"].items())
+    libraries = stages[-1]["versions"]
+    used = {name: dict.fromkeys(report["versions"].get(name, "unknown") for report in stages) for name in libraries}
+    versions = ", ".join(f"{name} {', then '.join(numbers)}" for name, numbers in used.items())
     return (
         "First what all tasks share, then what is special to each; settings not listed have their defaults.\n\n"
         + _table(["", *(report["stage"] for report in stages)], rows)

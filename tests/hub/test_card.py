@@ -106,7 +106,8 @@ def test_an_untrained_model_has_a_card_that_claims_nothing(folder):
 def test_all_that_is_in_the_folder_is_in_the_card(folder, results, tmp_path):
     (folder / "card.yaml").write_text(yaml.safe_dump(FACTS))
     (tmp_path / "one.json").write_text(json.dumps(STAGE))
-    (tmp_path / "two.json").write_text(json.dumps({**STAGE, "stage": "stage2", "steps": 300}))
+    later = {"stage": "stage2", "steps": 300, "versions": {"torch": "2.14.0"}}
+    (tmp_path / "two.json").write_text(json.dumps({**STAGE, **later}))
     Image.new("RGB", (4, 4)).save(folder / "routing.png")
     written = write_card(folder, [results, tmp_path / "one.json", tmp_path / "two.json"])
     card = ModelCard.load(written)
@@ -117,6 +118,7 @@ def test_all_that_is_in_the_folder_is_in_the_card(folder, results, tmp_path):
     training = section(card, "Training")
     for words in ("| steps | 700 | 300 |", "full, 1,234 of 5,678", "| learning_rate | 0.001 |", "| lora_r | 8 |"):
         assert words in training
+    assert "Versions: torch 2.13.0, then 2.14.0." in training
     assert "dataloader" not in training
     assert FACTS["commands"][0] in training
     assert "1,500 report; 2 could not be read" in section(card, "Training data")
