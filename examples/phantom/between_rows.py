@@ -21,6 +21,8 @@ import random
 from collections.abc import Iterable
 from typing import Any
 
+from ct_moe.trainers.phantoms.texts import with_choices
+
 
 # Of a closed template: how many times more it is asked of the same scan, with its choices in another order.
 ASKED_AGAIN = {"growth": 2, "count": 1, "extent aneurysm": 1}
@@ -64,13 +66,5 @@ def between_rows(rows: Iterable[dict[str, Any]], seed: int = 7) -> list[dict[str
 def in_another_order(row: dict[str, Any], rng: random.Random) -> dict[str, Any]:
     """A closed question with its choices drawn in a new order, and the letter that the answer then has."""
     choices = rng.sample(row["choices"], len(row["choices"]))
-    prompt, completion = row["prompt"], row["completion"]
-    return row | {
-        "prompt": prompt.replace(_lettered(row["choices"]), _lettered(choices)),
-        "completion": f"{completion.rpartition(', ')[0]}, {'ABCD'[choices.index(row['answer'])]}.",
-        "choices": choices,
-    }
-
-
-def _lettered(choices: list[str]) -> str:
-    return " ".join(f"{letter}. {choice}" for letter, choice in zip("ABCD", choices))
+    prompt, completion = with_choices(row["prompt"].partition(" Choices: ")[0], row["answer"], choices)
+    return row | {"prompt": prompt, "completion": completion, "choices": choices}

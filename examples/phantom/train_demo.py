@@ -50,10 +50,9 @@ def main() -> None:
     parser.add_argument("--data", type=Path, default=Path("phantoms"), help="folder written by ct-moe phantom")
     parser.add_argument("--base", type=Path, default=Path("phantom-base"), help="written by pretrain_base.py")
     parser.add_argument("--work", type=Path, default=Path("phantom-run"), help="folder for checkpoints and logs")
-    recipes = parser.add_argument_group("recipes")
-    recipes.add_argument("--recipe", type=Path, default=Path(__file__).with_name("recipe.yaml"), help="both stages")
-    recipes.add_argument(
-        "--between-recipe", type=Path, default=Path(__file__).with_name("recipe_between.yaml"), help="what follows"
+    parser.add_argument("--recipe", type=Path, default=Path(__file__).with_name("recipe.yaml"), help="both stages")
+    parser.add_argument(
+        "--between-recipe", type=Path, default=Path(__file__).with_name("recipe_between.yaml"), help="the last stage"
     )
     parser.add_argument("--out", type=Path, required=True, help="new folder for the trained model")
     args = parser.parse_args()

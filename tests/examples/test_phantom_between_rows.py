@@ -70,7 +70,7 @@ def rows() -> list[dict]:
 
 def test_every_answer_names_its_choice_and_its_letter(between_rows, rows):
     truth = {(row["images"], row["template"]): row["answer"] for row in rows}
-    orders = set()
+    orders = {}
     for row in between_rows.between_rows(rows):
         if row["task"] != "vqa_closed":
             assert row in rows
@@ -80,8 +80,8 @@ def test_every_answer_names_its_choice_and_its_letter(between_rows, rows):
         text, letter = re.fullmatch(r"(.*), ([A-D])\.", row["completion"]).groups()
         assert listed[letter] == text == truth[row["images"], row["template"]]
         if row["template"].startswith("growth"):
-            orders.add(tuple(row["choices"]))
-    assert len(orders) == 24
+            orders.setdefault(row["images"], set()).add(tuple(row["choices"]))
+    assert sum(len(found) == 3 for found in orders.values()) > 150  # of 200: 24 orders rarely meet
 
 
 def test_growth_is_asked_of_every_scan_and_three_times(between_rows, rows):

@@ -20,6 +20,8 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from ct_moe import load_volume
 
@@ -57,6 +59,19 @@ def demo_model(folder):
     recipes = ["--recipe", "recipe.yaml", "--between-recipe", "recipe_between.yaml"]
     run(folder, EXAMPLES / "train_demo.py", *recipes, "--out", "demo_model")
     return folder / "demo_model"
+
+
+def test_demo_model_is_that_of_the_last_stage_which_trains_words_alone(folder, demo_model):
+    last = folder / "phantom-run" / "stage2_between"
+    report = json.loads((last / "training_report.json").read_text(encoding="utf-8"))
+    assert {part["name"] for part in report["parts"] if part["trained"]} == {"projector", "language_model"}
+    weights, before, written = (
+        load_file(path / "model.safetensors") for path in (last, last.parent / "stage2", demo_model)
+    )
+    assert all(torch.equal(written[name], value.bfloat16()) for name, value in weights.items())
+    changed = {name for name, value in weights.items() if not torch.equal(value, before[name])}
+    assert any("language_model" in name for name in changed)
+    assert not any("vision_tower" in name for name in changed)
 
 
 def test_demo_model_is_small_and_loads_with_its_own_code(folder, demo_model):

@@ -194,6 +194,11 @@ def _closed(prompt: str, answer: str, choices: list[str], rng: np.random.Generat
     The answer tells the choice and then its letter: a small model has to know it before it can look for its letter.
     """
     rng.shuffle(choices)
+    return with_choices(prompt, answer, choices)
+
+
+def with_choices(prompt: str, answer: str, choices: list[str]) -> tuple[str, str]:
+    """Prompt and completion of a closed question whose choices are in this order."""
     listed = " ".join(f"{letter}. {choice}" for letter, choice in zip("ABCD", choices))
     return f"{prompt} Choices: {listed}", f"{answer}, {'ABCD'[choices.index(answer)]}."
 
