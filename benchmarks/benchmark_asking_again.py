@@ -34,6 +34,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from ct_moe import load_volume
 from ct_moe.configuration_ct_moe import CTMoEVisionConfig
 from ct_moe.hub.app.answers import Reader
+from ct_moe.hub.reusable_states import reusable_states
 
 
 QUESTIONS = {
@@ -130,10 +131,7 @@ def encode(reader: Reader, inputs: dict):
 
 
 def keep(reader: Reader, inputs: dict) -> dict:
-    features = encode(reader, {**inputs, "output_prefix_hidden_states": True})
-    names = ("moe_hidden_states", "slice_hidden_states", "volume_hidden_states")
-    kept = {name: features[name] for name in names if features.get(name) is not None}
-    return kept if "moe_hidden_states" in kept else {**kept, "prefix_hidden_states": features.prefix_hidden_states}
+    return reusable_states(encode(reader, {**inputs, "output_prefix_hidden_states": True}))
 
 
 def flops(reader: Reader, inputs: dict) -> int:

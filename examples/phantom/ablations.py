@@ -380,6 +380,9 @@ def train(model, processor, arm: Arm, seed: int, args: argparse.Namespace, folde
             data = data.map(lambda row: {"task": None})
         data = check_tasks(data, list(model.config.tasks))
         InOrder(model=model, args=stage, train_dataset=data, processing_class=processor).train()
+        # What accelerate and TRL put around the forward pass: a second trainer would leave out bfloat16 for its sake.
+        for name in ("forward", "_original_forward", "_is_accelerate_prepared"):
+            vars(model).pop(name, None)
     return {"train_scans": len(kept), "all_train_scans": len(scans)}
 
 

@@ -36,10 +36,17 @@ from ct_moe.pipeline_ct_moe import check_words
 from ct_moe.volume_ct_moe import Volume
 
 from ..reporting import open_reporter
+from ..reusable_states import reusable_states, starts_from_prefix
 
 
 MAX_FEATURES = 8  # questions per scan whose whole features are kept
-KEPT = ("moe_hidden_states", "slice_hidden_states", "volume_hidden_states")
+STATES = (
+    "last_hidden_state",
+    "prefix_hidden_states",
+    "moe_hidden_states",
+    "slice_hidden_states",
+    "volume_hidden_states",
+)
 
 
 class OpenScan(dict):
@@ -168,16 +175,11 @@ class _Remembering:
             features = self.model.get_image_features(
                 pixel_values=pixel_values, output_prefix_hidden_states=True, **inputs
             )
-            vision = self.model.config.vision_config
-            first_moe_layer = min(vision.moe_layers, default=vision.num_read_layers)
-            # The language model of such a base reads earlier layers as well, which start from the pixels.
-            if not any(layer < first_moe_layer for layer in vision.deepstack_layers):
-                scan.kept = {name: features[name] for name in KEPT if features.get(name) is not None}
-                if "moe_hidden_states" not in scan.kept:
-                    scan.kept["prefix_hidden_states"] = features.prefix_hidden_states
+            if starts_from_prefix(self.model.config):
+                scan.kept = reusable_states(features)
         if len(scan.features) >= MAX_FEATURES:
             del scan.features[next(iter(scan.features))]
-        scan.features[key] = replace(features, **dict.fromkeys(("last_hidden_state", "prefix_hidden_states", *KEPT)))
+        scan.features[key] = replace(features, **dict.fromkeys(STATES))  # large, and kept above
         return copy(scan.features[key])
 
 

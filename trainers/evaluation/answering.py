@@ -16,6 +16,7 @@
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,8 @@ import numpy as np
 import torch
 from tqdm.auto import tqdm
 from transformers import BatchFeature
+
+from ct_moe.hub.reusable_states import reusable_states, starts_from_prefix
 
 from ..collator import CTMoEDataCollator
 from ..volume_cache import VolumeCache
@@ -78,9 +81,10 @@ def answer_rows(
     """
     limits = {**MAX_NEW_TOKENS, **(max_new_tokens or {})}
     collator = CTMoEDataCollator(processor, volume_cache=volume_cache)
+    read = lru_cache(maxsize=4)(collator.process)  # many questions are about one scan
     answers: list[Answer | None] = [None] * len(rows)
-    # Rows of one task together, since the longest answer of a batch keeps the others waiting; longest prompts first.
-    order = sorted(range(len(rows)), key=lambda i: (rows[i]["task"], -len(rows[i]["prompt"])))
+    # Rows of one task together, since the longest answer of a batch keeps the others waiting; questions of a scan too.
+    order = sorted(range(len(rows)), key=lambda i: (rows[i]["task"], rows[i]["images"]))
     bar = tqdm(total=len(rows), desc="answers", unit="row", disable=not progress)
     was_training = model.training
     model.eval()
@@ -90,7 +94,7 @@ def answer_rows(
             kind = rows[order[start]]["task"]
             chosen = [i for i in order[start : start + batch_size] if rows[i]["task"] == kind]
             batch = [rows[i] for i in chosen]
-            scans = [collator.process(str(Path(folder) / row["images"])) for row in batch]
+            scans = [read(str(Path(folder) / row["images"])) for row in batch]
             if change is not None:
                 scans = [change(scan, row) for scan, row in zip(scans, batch)]
             forced = None if task is None else [task(row) for row in batch]
@@ -122,7 +126,8 @@ def generate_answers(
     Args:
         model: a `CTMoEForConditionalGeneration`.
         collator: with its processor.
-        rows: `images` (processed scans) and `prompt` (messages).
+        rows: `images` (processed scans; one that several rows share is encoded once up to the experts) and `prompt`
+            (messages).
         max_new_tokens: of all of them.
         tasks: names of tasks to force, or `None`.
         bf16: arithmetic in bfloat16, weights as they are.
@@ -132,7 +137,7 @@ def generate_answers(
     chosen = None
     with torch.autocast(model.device.type, torch.bfloat16) if bf16 else nullcontext():
         if inputs:
-            features = model.get_image_features(**inputs, return_dict=True)
+            features = _encode(model, inputs, [scan for row in rows for scan in row["images"]])
             chosen = None if features.routing is None else features.routing.task_index
         given = {"mm_encoder_outputs": {"image": features}} if inputs else {}
         generated = model.generate(**text, **given, max_new_tokens=max_new_tokens, do_sample=False)
@@ -143,3 +148,21 @@ def generate_answers(
         Answer(text, int(chosen[first[i]]) if chosen is not None and rows[i]["images"] else None)
         for i, text in enumerate(texts)
     ]
+
+
+def _encode(model, inputs: dict[str, torch.Tensor], scans: Sequence[dict[str, np.ndarray]]):
+    """Visual features for every row of `inputs`, of which each scan goes once through what no prompt steers."""
+    firsts: dict[int, int] = {}  # first row of each scan
+    for row, scan in enumerate(scans):
+        firsts.setdefault(id(scan), row)
+    if len(firsts) == len(scans) or not starts_from_prefix(model.config):
+        return model.get_image_features(**inputs, return_dict=True)
+    rows = list(firsts.values())
+    once = {name: values[rows] for name, values in inputs.items()}
+    kept = reusable_states(model.get_image_features(**once, output_prefix_hidden_states=True, return_dict=True))
+    number = {scan: number for number, scan in enumerate(firsts)}
+    of_row = [number[id(scan)] for scan in scans]
+    again = {
+        name: states[:, of_row] if name == "moe_hidden_states" else states[of_row] for name, states in kept.items()
+    }
+    return model.get_image_features(**{**inputs, "pixel_values": None}, **again, return_dict=True)
