@@ -23,8 +23,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from ct_moe import CTMoEForConditionalGeneration, DataError
+from ct_moe import CTMoEForConditionalGeneration, CTMoEProcessor, DataError
 from ct_moe.hub.tiny_base import build_tiny_base
+from ct_moe.trainers.phantoms.data_set import write_phantoms
 from ct_moe.trainers.sft_trainer import _rate
 from ct_moe.trainers.stages import part_of_parameters
 
@@ -186,6 +187,18 @@ def test_every_arm_has_the_same_budget(arms, stages):
             found = [stage for _, stage, _ in stages(arm)]
             assert sum(stage.max_steps for stage in found) == 3
             assert {stage.per_device_train_batch_size for stage in found} == {4}
+
+
+def test_both_stages_compute_in_bfloat16(ablations, arms, build, tmp_path):
+    """The second trainer of a model too: accelerate takes a model that it has prepared for ready."""
+    write_phantoms(tmp_path / "data", n=2, validation=0, test=0, workers=1)
+    args = argparse.Namespace(data=tmp_path / "data", steps=(1, 1), batch=2)
+    model = build(arms["c", "both levels"])
+    processor = CTMoEProcessor.from_pretrained(model.name_or_path)
+    seen = []
+    model.model.vision_tower.layers[0].mlp.register_forward_hook(lambda *called: seen.append(called[2].dtype))
+    ablations.train(model, processor, arms["c", "both levels"], 0, args, tmp_path / "run")
+    assert seen == 2 * [torch.bfloat16]
 
 
 # Slice scores -------------------------------------------------------------------------------------------------------

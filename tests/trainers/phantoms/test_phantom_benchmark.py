@@ -99,6 +99,16 @@ def test_answers_come_in_the_order_of_the_rows_whatever_the_batch(tiny, rows, da
     assert backwards[::-1] == alone
 
 
+def test_a_scan_that_several_rows_ask_about_is_encoded_once(tiny, rows, data, cache):
+    """Up to what the prompt steers: each row has its own experts, and the answer that it would have alone."""
+    embeddings, volumes = tiny[0].model.vision_tower.embeddings, []
+    hook = embeddings.register_forward_hook(lambda module, args, output: volumes.append(len(args[0])))
+    together = answers_of(tiny, rows, data, cache, batch_size=64)
+    hook.remove()
+    assert volumes == 3 * [2]  # three tasks, of two scans each
+    assert together == answers_of(tiny, rows, data, cache, batch_size=1)
+
+
 def test_no_rows_no_answers(tiny, data, cache):
     assert answers_of(tiny, [], data, cache) == []
 
