@@ -14,7 +14,6 @@
 """The arms of the ablations: what each trains, with which learning rates, and on what records agree."""
 
 import argparse
-import importlib
 import json
 import sys
 from pathlib import Path
@@ -30,7 +29,6 @@ from ct_moe.trainers.sft_trainer import _rate
 from ct_moe.trainers.stages import part_of_parameters
 
 
-FOLDER = Path(__file__).parents[2] / "examples" / "phantom"
 SCANS = ("50 scans", "400 scans", "all scans")
 WITHOUT_GROUPS = (
     "dense, equal total",
@@ -41,13 +39,8 @@ WITHOUT_GROUPS = (
 
 
 @pytest.fixture(scope="module")
-def ablations():
-    """The script as a module; it imports its neighbours as scripts do."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(FOLDER))
-        yield importlib.import_module("ablations")
-    for name in ("ablations", "train_demo", "between_rows", "pretrain_base"):
-        sys.modules.pop(name, None)
+def ablations(load_script):
+    return load_script("ablations")
 
 
 @pytest.fixture(scope="module")

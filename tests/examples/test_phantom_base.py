@@ -13,10 +13,6 @@
 # limitations under the License.
 """What the tower of the phantoms' 2D base is taught: shifted slices, the patches that show a lesion, its width."""
 
-import importlib
-import sys
-from pathlib import Path
-
 import numpy as np
 import pytest
 import torch
@@ -25,16 +21,9 @@ from transformers import CLIPVisionConfig, CLIPVisionModel
 from ct_moe.trainers.phantoms.data_set import write_phantoms
 
 
-FOLDER = Path(__file__).parents[2] / "examples" / "phantom"
-
-
 @pytest.fixture(scope="module")
-def pretrain_base():
-    """The script as a module."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(FOLDER))
-        yield importlib.import_module("pretrain_base")
-    sys.modules.pop("pretrain_base", None)
+def pretrain_base(load_script):
+    return load_script("pretrain_base")
 
 
 @pytest.fixture(scope="module")

@@ -13,26 +13,19 @@
 # limitations under the License.
 """Rows of the demo model's last stage: what is asked again, and that its answer is still the right one."""
 
-import importlib
 import random
 import re
-import sys
 from collections import Counter
-from pathlib import Path
 
 import pytest
 
 
-FOLDER = Path(__file__).parents[2] / "examples" / "phantom"
 DIRECTIONS = ["towards the head", "towards the feet", "towards the middle", "nowhere"]
 
 
 @pytest.fixture(scope="module")
-def between_rows():
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(FOLDER))
-        yield importlib.import_module("between_rows")
-    sys.modules.pop("between_rows", None)
+def between_rows(load_script):
+    return load_script("between_rows")
 
 
 def row(scan: int, task: str, template: str, answer: str = "", choices: list[str] | None = None) -> dict:

@@ -13,7 +13,6 @@
 # limitations under the License.
 """The table and plots of the ablations, from hand-made runs whose answers are known."""
 
-import importlib
 import json
 import subprocess
 import sys
@@ -35,13 +34,8 @@ HASHES = {"base": "0a", "train": "0b", "test": "0c", "recipe": "0d"}
 
 
 @pytest.fixture(scope="module")
-def results():
-    """The script as a module; it imports its neighbours as scripts do."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.syspath_prepend(str(FOLDER))
-        yield importlib.import_module("results")
-    for name in ("results", "ablations", "train_demo", "between_rows", "pretrain_base"):
-        sys.modules.pop(name, None)
+def results(load_script):
+    return load_script("results")
 
 
 def scores(right, group=lambda scan, template: None) -> dict:
