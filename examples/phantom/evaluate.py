@@ -25,7 +25,7 @@ from pathlib import Path
 
 import torch
 
-from ct_moe import CTMoEError, CTMoEForConditionalGeneration, CTMoEProcessor
+from ct_moe import CTMoEError, CTMoEForConditionalGeneration, CTMoEProcessor, DataError
 from ct_moe.trainers.phantoms.benchmark import evaluate_phantoms, format_scores
 from ct_moe.trainers.phantoms.controls import CONTROL_NAMES
 from ct_moe.trainers.volume_cache import VolumeCache
@@ -38,6 +38,7 @@ def main() -> None:
     parser.add_argument("--split", default="test", choices=["validation", "test"])
     parser.add_argument("--scans", type=int, default=None, help="the first so many scans")
     parser.add_argument("--controls", default=",".join((*CONTROL_NAMES, "flipped")), help="names, or nothing")
+    parser.add_argument("--group", default=None, help="send every row to the experts of this task, whatever it asks")
     parser.add_argument("--out", default=None, type=Path, help="folder for scores.json and answers.jsonl")
     parser.add_argument("--batch", type=int, default=16)
     args = parser.parse_args()
@@ -51,6 +52,9 @@ def run(args: argparse.Namespace) -> None:
     processor = CTMoEProcessor.from_pretrained(args.model)
     model = CTMoEForConditionalGeneration.from_pretrained(args.model, dtype=torch.float32)
     model.to("cuda" if torch.cuda.is_available() else "cpu")
+    if args.group is not None and args.group not in model.config.tasks:
+        known = ", ".join(model.config.tasks) or "none"
+        raise DataError("--group", f"{args.group!r} is no task of the model", f"Name one of its tasks: {known}")
     result = evaluate_phantoms(
         model,
         processor,
@@ -59,6 +63,7 @@ def run(args: argparse.Namespace) -> None:
         scans=args.scans,
         controls=[name for name in args.controls.split(",") if name],
         tasks=("vqa_closed", "vqa_open", "report", "plane"),
+        task=None if args.group is None else lambda row: args.group,
         volume_cache=VolumeCache(args.data / "slices", processor.image_processor),
         batch_size=args.batch,
     )

@@ -100,6 +100,11 @@ def test_demo_model_is_measured_with_controls_and_a_ceiling(folder, demo_model):
     assert scores["closed"]["accuracy"] == pytest.approx(sum(answer["right"] for answer in closed) / len(closed))
     assert {"blind", "other_scan", "shuffled_slices", "single_slice", "flipped"} == set(scores["controls"])
     assert "blind" in table
+    forced = ["--model", demo_model, "--data", "phantoms", "--controls", "", "--group", "vqa_open", "--out", "forced"]
+    run(folder, EXAMPLES / "evaluate.py", *forced)
+    lines = (folder / "forced" / "answers.jsonl").read_text(encoding="utf-8").splitlines()
+    tasks = json.loads((demo_model / "config.json").read_text(encoding="utf-8"))["tasks"]
+    assert {json.loads(line)["group"] for line in lines} == {tasks.index("vqa_open")}
     run(
         folder, EXAMPLES / "ceiling.py", "--model", demo_model, "--data", "phantoms", "--epochs", 16, "--out", "scores"
     )
