@@ -379,7 +379,12 @@ def train(model, processor, arm: Arm, seed: int, args: argparse.Namespace, folde
         if not arm.labelled or not model.config.tasks:
             data = data.map(lambda row: {"task": None})
         data = check_tasks(data, list(model.config.tasks))
-        InOrder(model=model, args=stage, train_dataset=data, processing_class=processor).train()
+        trainer = InOrder(model=model, args=stage, train_dataset=data, processing_class=processor)
+        trainer.train()
+        if trainer.signals.ended_early:  # its weights are of no use to compare
+            raise TrainingError(
+                "the run", "was stopped by SIGTERM", "Start again: this run begins anew, no other does"
+            )
         # What accelerate and TRL put around the forward pass: a second trainer would leave out bfloat16 for its sake.
         for name in ("forward", "_original_forward", "_is_accelerate_prepared"):
             vars(model).pop(name, None)

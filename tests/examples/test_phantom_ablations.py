@@ -15,6 +15,8 @@
 
 import argparse
 import json
+import os
+import signal
 import sys
 from pathlib import Path
 
@@ -22,7 +24,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from ct_moe import CTMoEForConditionalGeneration, CTMoEProcessor, DataError
+from ct_moe import CTMoEForConditionalGeneration, CTMoEProcessor, DataError, TrainingError
 from ct_moe.hub.tiny_base import build_tiny_base
 from ct_moe.trainers.phantoms.data_set import write_phantoms
 from ct_moe.trainers.sft_trainer import _rate
@@ -182,16 +184,34 @@ def test_every_arm_has_the_same_budget(arms, stages):
             assert {stage.per_device_train_batch_size for stage in found} == {4}
 
 
-def test_both_stages_compute_in_bfloat16(ablations, arms, build, tmp_path):
+@pytest.fixture(scope="module")
+def train(ablations, arms, build, tmp_path_factory):
+    """Train the reference on two scans, with a hook on the first layer of its vision tower."""
+    folder = tmp_path_factory.mktemp("train")
+    write_phantoms(folder / "data", n=2, validation=0, test=0, workers=1)
+
+    def train(steps: tuple[int, int], hook) -> None:
+        arm = arms["c", "both levels"]
+        model = build(arm)
+        model.model.vision_tower.layers[0].mlp.register_forward_hook(hook)
+        processor = CTMoEProcessor.from_pretrained(model.name_or_path)
+        args = argparse.Namespace(data=folder / "data", steps=steps, batch=2)
+        ablations.train(model, processor, arm, 0, args, folder / "run")
+
+    return train
+
+
+def test_both_stages_compute_in_bfloat16(train):
     """The second trainer of a model too: accelerate takes a model that it has prepared for ready."""
-    write_phantoms(tmp_path / "data", n=2, validation=0, test=0, workers=1)
-    args = argparse.Namespace(data=tmp_path / "data", steps=(1, 1), batch=2)
-    model = build(arms["c", "both levels"])
-    processor = CTMoEProcessor.from_pretrained(model.name_or_path)
     seen = []
-    model.model.vision_tower.layers[0].mlp.register_forward_hook(lambda *called: seen.append(called[2].dtype))
-    ablations.train(model, processor, arms["c", "both levels"], 0, args, tmp_path / "run")
+    train((1, 1), lambda module, args, output: seen.append(output.dtype))
     assert seen == 2 * [torch.bfloat16]
+
+
+def test_a_run_that_is_told_to_stop_is_no_run(train):
+    """The trainer itself ends in good order, with weights that nobody is to score."""
+    with pytest.raises(TrainingError, match="was stopped by SIGTERM"):
+        train((2, 1), lambda *called: os.kill(os.getpid(), signal.SIGTERM))
 
 
 # Slice scores -------------------------------------------------------------------------------------------------------

@@ -152,16 +152,14 @@ def generate_answers(
 
 def _encode(model, inputs: dict[str, torch.Tensor], scans: Sequence[dict[str, np.ndarray]]):
     """Visual features for every row of `inputs`, of which each scan goes once through what no prompt steers."""
-    firsts: dict[int, int] = {}  # first row of each scan
-    for row, scan in enumerate(scans):
-        firsts.setdefault(id(scan), row)
-    if len(firsts) == len(scans) or not starts_from_prefix(model.config):
+    ids = [id(scan) for scan in scans]
+    distinct = list(dict.fromkeys(ids))
+    if len(distinct) == len(ids) or not starts_from_prefix(model.config):
         return model.get_image_features(**inputs, return_dict=True)
-    rows = list(firsts.values())
-    once = {name: values[rows] for name, values in inputs.items()}
+    first_rows = [ids.index(scan) for scan in distinct]
+    once = {name: values[first_rows] for name, values in inputs.items()}
     kept = reusable_states(model.get_image_features(**once, output_prefix_hidden_states=True, return_dict=True))
-    number = {scan: number for number, scan in enumerate(firsts)}
-    of_row = [number[id(scan)] for scan in scans]
+    of_row = [distinct.index(scan) for scan in ids]
     again = {
         name: states[:, of_row] if name == "moe_hidden_states" else states[of_row] for name, states in kept.items()
     }
