@@ -58,7 +58,7 @@ from ct_moe.trainers.evaluation.answering import answer_rows
 from ct_moe.trainers.evaluation.cut_numbers import cut_percent
 from ct_moe.trainers.packing import pack_rows
 from ct_moe.trainers.phantoms.benchmark import evaluate_phantoms, read_split
-from ct_moe.trainers.recipe import StageConfig, TwoStageRecipe, load_recipe
+from ct_moe.trainers.recipe import Stage2Config, StageConfig, TwoStageRecipe, load_recipe
 from ct_moe.trainers.rows import check_tasks, interleave_tasks, load_rows
 from ct_moe.trainers.sft_trainer import CTMoESFTTrainer
 from ct_moe.trainers.stages import ALWAYS_FROZEN, TRAINABLE_PARTS, part_of_parameters, prepare_stage
@@ -94,6 +94,7 @@ class Arm:
         trained: in both stages: "recipe" (what the recipe says, but for the slice layers, which stay frozen), "tower"
             (the whole vision tower too) or "everything", the input embeddings too.
         two_stages: False: one stage of the same length that trains everything both stages train.
+        across_tasks: pack rows of all tasks about a scan together in stage 1, as the recipe does.
         groups: what the expert groups of a row are: "task" or "scan" (a hash of the scan's name).
         labelled: whether rows tell their task in training.
         task_embedding: a learned vector per task, added before the first layer that has experts in other arms.
@@ -110,6 +111,7 @@ class Arm:
     forgotten: str = "nothing"
     trained: str = "recipe"
     two_stages: bool = True
+    across_tasks: bool = True
     groups: str = "task"
     labelled: bool = True
     task_embedding: bool = False
@@ -137,8 +139,12 @@ def arms() -> list[Arm]:
         Arm("c", "task level", 5, {"num_experts": 1, "moe_intermediate_size": EXPERTS * WIDTH}),
         Arm("c", "both levels, groups by scan", 5, groups="scan"),
     ]
-    # (d) Two stages.
-    found.append(Arm("d", "one stage", seeds=5, two_stages=False))
+    # (d) Two stages. One stage routes by task from the first step on, and so has rows of one task; with all tasks in a
+    # row two stages would see three times as many texts.
+    found += [
+        Arm("d", "two stages, rows of one task", seeds=5, across_tasks=False),
+        Arm("d", "one stage", seeds=5, two_stages=False, across_tasks=False),
+    ]
     # (a) Reuse of the 2D pretraining, by the number of scans. What is random must be trained: the arms that reuse it
     # train the same, with the same learning rates.
     for scans in SCARCITY:
@@ -400,6 +406,8 @@ def prepare(model: CTMoEForConditionalGeneration, arm: Arm, stage: StageConfig) 
                 model.get_parameter(name).requires_grad_(True)
     if arm.equal_scores:
         model.model.slice_scoring.requires_grad_(False)  # at zero, where all slices count alike
+    if arm.task_embedding:  # when task groups are: a row of stage 1 is about several tasks
+        model.model.task_router.task_embedding.requires_grad_(isinstance(stage, Stage2Config))
 
 
 def stage_rows(rows: Dataset, arm: Arm, stage: StageConfig, args: argparse.Namespace) -> Dataset:
@@ -409,7 +417,8 @@ def stage_rows(rows: Dataset, arm: Arm, stage: StageConfig, args: argparse.Names
     for number, (half, steps) in enumerate(zip((recipe.stage1, recipe.stage2), args.steps), 1):
         if arm.two_stages and not isinstance(stage, type(half)):
             continue
-        packed = pack_rows(rows, half.questions_per_scan, stage.seed)
+        across_tasks = half.pack_across_tasks and arm.across_tasks
+        packed = pack_rows(rows, half.questions_per_scan, stage.seed, across_tasks=across_tasks)
         if half.even_tasks:
             packed = interleave_tasks(packed, stage.seed)
         rng = np.random.default_rng([stage.seed, number])
@@ -436,7 +445,7 @@ def stage_configs(model, arm: Arm, seed: int, args: argparse.Namespace, folder: 
         "disable_tqdm": True,
         "seed": seed,
         "per_device_train_batch_size": args.batch,
-        "stage1.pack_across_tasks": False,  # the arm with one stage routes by task from the first step on
+        "stage1.pack_across_tasks": arm.across_tasks,
         "stage1.train_slice_layers": "frozen",  # a run must end in minutes on two cores
         "stage1.max_steps": args.steps[0],
         "stage2.max_steps": args.steps[1],
@@ -482,7 +491,7 @@ def add_task_embedding(model: CTMoEForConditionalGeneration) -> None:
     tower = model.model.vision_tower
     embedding = nn.Embedding(len(TASKS), model.config.vision_config.hidden_size)
     nn.init.zeros_(embedding.weight)
-    # A part of the router: trained in both stages, with the learning rate of what is new.
+    # A part of the router: trained with the learning rate of what is new.
     model.model.task_router.task_embedding = embedding
     chosen: list[torch.Tensor] = []
 

@@ -18,6 +18,7 @@ import json
 import os
 import signal
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,7 @@ from safetensors.torch import load_file
 from ct_moe import CTMoEForConditionalGeneration, CTMoEProcessor, DataError, TrainingError
 from ct_moe.hub.tiny_base import build_tiny_base
 from ct_moe.trainers.phantoms.data_set import write_phantoms
+from ct_moe.trainers.rows import load_rows
 from ct_moe.trainers.sft_trainer import _rate
 from ct_moe.trainers.stages import part_of_parameters
 
@@ -107,7 +109,7 @@ def names(model) -> set[str]:
 
 def test_runs(ablations, arms):
     assert len(arms) == len(ablations.arms())
-    assert sum(arm.seeds for arm in arms.values()) == 109
+    assert sum(arm.seeds for arm in arms.values()) == 114
     for scans, count in zip(SCANS, (50, 400, None)):
         for name, forgotten in (
             ("reused", "nothing"),
@@ -158,8 +160,6 @@ def test_arms_without_task_groups_train_their_experts_in_both_stages(arms, stage
         assert experts
         assert experts <= set(rates)
         assert (stage.train_shared_group, stage.train_task_groups) == ("full", "off")
-        embedding = [rate for parameter, rate in rates.items() if "task_embedding" in parameter]
-        assert embedding == [stage.learning_rate] * arms["c", name].task_embedding
 
 
 @pytest.mark.parametrize("name", ["both levels", "task level", "both levels, groups by scan"])
@@ -169,7 +169,7 @@ def test_arms_with_task_groups_train_them_in_stage_2(arms, stages, name):
 
 
 def test_one_stage_trains_what_two_stages_train_with_the_same_rates(arms, stages):
-    (_, one, first), (_, two, second) = stages(arms["c", "both levels"])
+    (_, one, first), (_, two, second) = stages(arms["d", "two stages, rows of one task"])
     ((_, whole, rates),) = stages(arms["d", "one stage"])
     assert rates == first | second
     assert whole.max_steps == one.max_steps + two.max_steps
@@ -185,20 +185,50 @@ def test_every_arm_has_the_same_budget(arms, stages):
 
 
 @pytest.fixture(scope="module")
-def train(ablations, arms, build, tmp_path_factory):
+def data(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("train") / "data"
+    write_phantoms(folder, n=2, validation=0, test=0, workers=1)
+    return folder
+
+
+def test_a_row_of_stage_1_holds_the_texts_of_all_tasks_but_where_stages_are_compared(ablations, arms, stages, data):
+    rows = load_rows(data / "train.jsonl")
+    texts = Counter(images[0] for images in rows["images"])
+    args = argparse.Namespace(steps=(2, 1), batch=4)
+
+    def seen(letter: str, name: str) -> list[list[dict]]:
+        arm = arms[letter, name]
+        return [ablations.stage_rows(rows, arm, stage, args).to_list() for _, stage, _ in stages(arm)]
+
+    whole, second = seen("c", "both levels")
+    assert [1 + len(row["packed"]) for row in whole] == [min(17, texts[row["images"][0]]) for row in whole]
+    first, *others = seen("d", "two stages, rows of one task")
+    assert len(first) == len(whole)
+    assert max(1 + len(row["packed"]) for row in first) < min(texts.values()) - 1
+    assert others == [second]
+    assert seen("d", "one stage") == [first + second]
+
+
+@pytest.fixture(scope="module")
+def train(ablations, arms, build, data):
     """Train the reference on two scans, with a hook on the first layer of its vision tower."""
-    folder = tmp_path_factory.mktemp("train")
-    write_phantoms(folder / "data", n=2, validation=0, test=0, workers=1)
 
     def train(steps: tuple[int, int], hook) -> None:
         arm = arms["c", "both levels"]
         model = build(arm)
         model.model.vision_tower.layers[0].mlp.register_forward_hook(hook)
         processor = CTMoEProcessor.from_pretrained(model.name_or_path)
-        args = argparse.Namespace(data=folder / "data", steps=steps, batch=2)
-        ablations.train(model, processor, arm, 0, args, folder / "run")
+        args = argparse.Namespace(data=data, steps=steps, batch=2)
+        ablations.train(model, processor, arm, 0, args, data / "run")
 
     return train
+
+
+def test_a_task_embedding_is_trained_when_task_groups_are(stages, arms):
+    (_, _, first), (_, stage, second) = stages(arms["c", "dense with a task embedding"])
+    name = "model.task_router.task_embedding.weight"
+    assert name not in first
+    assert second[name] == stage.learning_rate
 
 
 def test_both_stages_compute_in_bfloat16(train):

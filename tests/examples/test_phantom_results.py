@@ -29,6 +29,7 @@ SCANS = 20
 # Per scan: template, kind.
 ASKED = [("count nodule", "between_slices"), ("where nodule", "place"), ("open presence ascites", "presence")]
 BOTH = ("c", "both levels")
+TWO, ONE = ("d", "two stages, rows of one task"), ("d", "one stage")
 FREE = ("f", "label-free routing")
 HASHES = {"base": "0a", "train": "0b", "test": "0c", "recipe": "0d"}
 
@@ -104,19 +105,20 @@ def sentence_of(text: str, letter: str) -> str:
 
 @pytest.fixture
 def two_seeds(tmp_path) -> Path:
-    """The reference is right in 3 of 4 scans with seed 0, 4 of 4 with seed 1; one stage in 1 of 4 and 2 of 4."""
+    """Two stages are right in 3 of 4 scans with seed 0, 4 of 4 with seed 1; one stage in 1 of 4 and 2 of 4."""
     wrong = scores(share(1, 4))
-    write(tmp_path, BOTH, 0, share(3, 4), wrong_group=wrong)
-    write(tmp_path, BOTH, 1, share(4, 4), wrong_group=wrong)
-    write(tmp_path, ("d", "one stage"), 0, share(1, 4))
-    write(tmp_path, ("d", "one stage"), 1, share(2, 4))
+    for seed, right in enumerate((share(3, 4), share(4, 4))):
+        write(tmp_path, BOTH, seed, right, wrong_group=wrong)
+        write(tmp_path, TWO, seed, right)
+    write(tmp_path, ONE, 0, share(1, 4))
+    write(tmp_path, ONE, 1, share(2, 4))
     return tmp_path
 
 
 def test_means_are_over_seeds(results, two_seeds):
     text = results.table(results.read_runs(two_seeds), two_seeds)
-    name, seeds, parameters, closed, by_seed, between, opened, *_ = row_of(text, "d", "both levels")
-    assert (name, seeds, parameters) == ("**both levels**", "2 of 5", "1,234,567")
+    name, seeds, parameters, closed, by_seed, between, opened, *_ = row_of(text, *TWO)
+    assert (name, seeds, parameters) == (TWO[1], "2 of 5", "1,234,567")
     assert closed.startswith("87.5 [")
     assert by_seed == "75.0 to 100.0"
     assert (between, opened) == ("87.5", "87.5")
@@ -139,7 +141,7 @@ def test_the_interval_is_that_of_scans(results, two_seeds):
 
 def test_kinds_and_open_questions_are_apart(results, tmp_path):
     write(tmp_path, BOTH, 0, lambda scan, template: {"c": True, "w": scan % 2, "o": False}[template[0]])
-    cells = row_of(results.table(results.read_runs(tmp_path), tmp_path), "d", "both levels")
+    cells = row_of(results.table(results.read_runs(tmp_path), tmp_path), "f", "both levels")
     assert cells[3].startswith("75.0 [")
     assert cells[5:7] == ["100.0", "0.0"]
 
@@ -147,7 +149,7 @@ def test_kinds_and_open_questions_are_apart(results, tmp_path):
 def test_differences_are_paired_by_seed_and_question(results, two_seeds):
     write(two_seeds, BOTH, 2, share(0, 4))  # without a partner: left out
     read = results.read_runs(two_seeds)
-    comparison = results.Comparison(BOTH, ("d", "one stage"), ("d", "one stage"), "")
+    comparison = results.Comparison(BOTH, ONE, ONE, "")
     found = results.difference(read, comparison)
     assert found.mean == pytest.approx(0.5)
     assert found.per_seed == pytest.approx([0.5, 0.5])
@@ -164,10 +166,8 @@ def test_differences_are_paired_by_seed_and_question(results, two_seeds):
 def test_a_constant_gain_has_no_width(results, tmp_path):
     """One of two questions gained in every scan: that scans differ in how hard they are cancels."""
     write(tmp_path, BOTH, 0, lambda scan, template: template[0] == "c" or scan % 2)
-    write(tmp_path, ("d", "one stage"), 0, lambda scan, template: template[0] != "c" and scan % 2)
-    found = results.difference(
-        results.read_runs(tmp_path), results.Comparison(BOTH, ("d", "one stage"), ("d", "one stage"), "")
-    )
+    write(tmp_path, ONE, 0, lambda scan, template: template[0] != "c" and scan % 2)
+    found = results.difference(results.read_runs(tmp_path), results.Comparison(BOTH, ONE, ONE, ""))
     assert found.interval == pytest.approx((0.5, 0.5))
 
 
@@ -205,8 +205,8 @@ def test_the_sign_speaks_for_the_claim(results, tmp_path):
 
 def test_seeds_that_disagree_are_told(results, tmp_path):
     for seed, (better, worse) in enumerate([(4, 0), (1, 2)]):
-        write(tmp_path, BOTH, seed, share(better, 4))
-        write(tmp_path, ("d", "one stage"), seed, share(worse, 4))
+        write(tmp_path, TWO, seed, share(better, 4))
+        write(tmp_path, ONE, seed, share(worse, 4))
     text = results.table(results.read_runs(tmp_path), tmp_path)
     assert "**holds**, though not with every seed, so far (2 of 5 seeds)" in sentence_of(text, "d")
     assert row_of(text, "d", "one stage")[8] == "-25.0 to +100.0"
@@ -225,7 +225,7 @@ def test_no_arm_is_left_out(results, two_seeds):
     text = results.table(results.read_runs(two_seeds), two_seeds)
     for arm in results.arms():
         cells = row_of(text, arm.question, arm.name)
-        if arm.name in ("both levels", "one stage"):
+        if (arm.question, arm.name) in (BOTH, TWO, ONE):
             assert cells[1] == "2 of 5"
         else:
             assert cells[1] == f"0 of {arm.seeds}"
@@ -276,8 +276,8 @@ def test_arms_without_a_seed_in_common(results, two_seeds):
 def test_time_by_device(results, two_seeds):
     write(two_seeds, FREE, 0, share(1, 4), device="NVIDIA X", threads=8, seconds=1000.0, seconds_training=700.0)
     text = results.table(results.read_runs(two_seeds), two_seeds)
-    assert "5 runs of 2 + 1 steps with 4 rows each took 4.0 h of machine time, 2.0 h of it for training" in text
-    assert "(4 runs on CPU, 2 threads)" in text
+    assert "7 runs of 2 + 1 steps with 4 rows each took 6.0 h of machine time, 3.0 h of it for training" in text
+    assert "(6 runs on CPU, 2 threads)" in text
     # 0.277 and 0.194 h.
     assert "; 0.2 h of machine time, 0.1 h of it for training (1 run on NVIDIA X, 8 threads)." in text
 
@@ -331,12 +331,12 @@ def test_numbers_of_the_table_are_cut_not_rounded(results, tmp_path):
     write(tmp_path, BOTH, 0, share(2, 3))  # 14 of 20 scans: 0, 1, 3, 4 ... 18, 19
     write(tmp_path, BOTH, 1, share(2, 3))
     write(tmp_path, BOTH, 2, share(1, 3))  # 7 of 20
-    cells = row_of(results.table(results.read_runs(tmp_path), tmp_path), "d", "both levels")
+    cells = row_of(results.table(results.read_runs(tmp_path), tmp_path), "f", "both levels")
     assert cells[3].startswith("58.3 [")  # 58.33
     write(tmp_path, BOTH, 2, share(3, 3))
     write(tmp_path, BOTH, 1, share(1, 3))
     write(tmp_path, BOTH, 0, share(4, 5))  # 16, 7 and 20 of 20: 71.66
-    cells = row_of(results.table(results.read_runs(tmp_path), tmp_path), "d", "both levels")
+    cells = row_of(results.table(results.read_runs(tmp_path), tmp_path), "f", "both levels")
     assert cells[3].startswith("71.6 [")
 
 
