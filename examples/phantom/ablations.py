@@ -71,11 +71,11 @@ GROUPS = 1 + len(TASKS)
 DENSE = {"moe_layers": []}
 ALL_SLICES = SLICES["max_slices"]  # pz = all
 STEPS = (80, 25)  # of stage 1 and stage 2: a run must end in eight minutes on two cores
-BATCH = 8  # rows per step; all else as in the recipe of the demo model
+BATCH = 6  # rows per step; all else as in the recipe of the demo model
 SCARCITY = (50, 400, None)  # training scans; None for all
 REUSE = {"reused": "nothing", "vision from scratch": "vision", "from scratch": "everything"}
 RECIPE = Path(__file__).with_name("recipe.yaml")
-SCORED_SCANS = 160
+SCORED_SCANS = 144
 ADDED = (".moe.", "guide_encoder.", "task_router.", "slice_scoring.")  # parts that the base does not have
 TOWER = ("slice_layers", "volume_layers", "ffns")  # the pretrained parts of the vision tower
 

@@ -260,7 +260,8 @@ def claims() -> list[Claim]:
                 if row != MEAN_POOLING
             ],
             "All arms pool the 3D features over all slices and append 2D features, weighted by slice: by the scores, "
-            "or equally in `mean pooling`.",
+            "or equally in `mean pooling`. A training row holds several texts, of which the first scores the slices "
+            "for all; in the test split every question does it for itself.",
         )
     )
     found.append(
