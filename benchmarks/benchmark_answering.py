@@ -15,8 +15,8 @@
 
     python benchmarks/benchmark_answering.py [--scans 12] [--model examples/demo_model]
 
-Answers the questions about fresh phantoms with and without, in turn, and prints the ratio of the times; scans are read
-and processed once, in neither. `batch_size` rows go through the model together in both.
+Answers the questions about fresh phantoms with and without, in turn, and prints the ratio of the times. In both scans
+are processed before the clock starts and read from the cache, and as many rows go through the model together.
 """
 
 import argparse

@@ -445,7 +445,6 @@ def stage_configs(model, arm: Arm, seed: int, args: argparse.Namespace, folder: 
         "disable_tqdm": True,
         "seed": seed,
         "per_device_train_batch_size": args.batch,
-        "stage1.pack_across_tasks": arm.across_tasks,
         "stage1.train_slice_layers": "frozen",  # a run must end in minutes on two cores
         "stage1.max_steps": args.steps[0],
         "stage2.max_steps": args.steps[1],
