@@ -39,6 +39,7 @@ def main() -> None:
     parser.add_argument("--scans", type=int, default=None, help="the first so many scans")
     parser.add_argument("--controls", default=",".join((*CONTROL_NAMES, "flipped")), help="names, or nothing")
     parser.add_argument("--group", default=None, help="send every row to the experts of this task, whatever it asks")
+    parser.add_argument("--without-experts", action="store_true", help="leave out what the experts add")
     parser.add_argument("--out", default=None, type=Path, help="folder for scores.json and answers.jsonl")
     parser.add_argument("--batch", type=int, default=16)
     args = parser.parse_args()
@@ -55,6 +56,8 @@ def run(args: argparse.Namespace) -> None:
     if args.group is not None and args.group not in model.config.tasks:
         known = ", ".join(model.config.tasks) or "none"
         raise DataError("--group", f"{args.group!r} is no task of the model", f"Name one of its tasks: {known}")
+    if args.without_experts:
+        leave_out_experts(model)
     result = evaluate_phantoms(
         model,
         processor,
@@ -74,6 +77,16 @@ def run(args: argparse.Namespace) -> None:
         (args.out / "scores.json").write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
         with (args.out / "answers.jsonl").open("w", encoding="utf-8") as file:
             file.writelines(json.dumps(answer) + "\n" for answer in answers)
+
+
+@torch.no_grad()
+def leave_out_experts(model: CTMoEForConditionalGeneration) -> None:
+    """Make all routed experts give zero: what stays is the FFN beside them."""
+    down = [weights for name, weights in model.named_parameters() if ".moe.experts.down_proj" in name]
+    if not down:
+        raise DataError("--without-experts", "the model has no experts", "Leave the option out")
+    for weights in down:
+        weights.zero_()
 
 
 if __name__ == "__main__":
