@@ -22,6 +22,10 @@ machine with several GPUs give each process one of them (CUDA_VISIBLE_DEVICES). 
 `--split validation` is for choosing settings; results of the test split are written once and never overwritten.
 `python examples/phantom/results.py --out phantom-ablations` turns the runs into the table and plots of RESULTS.md.
 
+All arms have the vision tower of the 2D base. In (a) the whole base; in all others what reads the visual tokens,
+language model and projector, comes from --reader, the demo model: from the base it learns within the eight minutes of
+a run to tell phase and presence alone, and no arm can show how well it tells the rest.
+
 The primary endpoint, named before the first run: accuracy of all closed questions of the test split together.
 """
 
@@ -40,6 +44,7 @@ import numpy as np
 import torch
 from datasets import Dataset, concatenate_datasets
 from pretrain_base import SLICES, VISION
+from safetensors.torch import load_file
 from torch import nn
 from torch.utils.data import SequentialSampler
 from train_demo import SETTINGS, make_model
@@ -75,8 +80,10 @@ BATCH = 6  # rows per step; all else as in the recipe of the demo model
 SCARCITY = (50, 400, None)  # training scans; None for all
 REUSE = {"reused": "nothing", "vision from scratch": "vision", "from scratch": "everything"}
 RECIPE = Path(__file__).with_name("recipe.yaml")
+DEMO_MODEL = Path(__file__).parents[1] / "demo_model"
 SCORED_SCANS = 144
 ADDED = (".moe.", "guide_encoder.", "task_router.", "slice_scoring.")  # parts that the base does not have
+READER = ("model.language_model.", "lm_head.", "model.multi_modal_projector.")
 TOWER = ("slice_layers", "volume_layers", "ffns")  # the pretrained parts of the vision tower
 
 
@@ -90,6 +97,7 @@ class Arm:
         seeds: how many runs.
         convert: settings of the conversion, in place of those of the demo model.
         scans: training scans; `None` for all.
+        reader: take language model and projector from the reader; otherwise from the base.
         forgotten: pretrained weights that are drawn anew: "nothing", "vision" (tower and projector) or "everything".
         trained: in both stages: "recipe" (what the recipe says, but for the slice layers, which stay frozen), "tower"
             (the whole vision tower too) or "everything", the input embeddings too.
@@ -108,6 +116,7 @@ class Arm:
     seeds: int = 3
     convert: dict[str, Any] = field(default_factory=dict)
     scans: int | None = None
+    reader: bool = True
     forgotten: str = "nothing"
     trained: str = "recipe"
     two_stages: bool = True
@@ -150,7 +159,14 @@ def arms() -> list[Arm]:
     for scans in SCARCITY:
         for name, forgotten in REUSE.items():
             found.append(
-                Arm("a", f"{name}, {scans or 'all'} scans", scans=scans, forgotten=forgotten, trained="everything")
+                Arm(
+                    "a",
+                    f"{name}, {scans or 'all'} scans",
+                    scans=scans,
+                    reader=False,
+                    forgotten=forgotten,
+                    trained="everything",
+                )
             )
     # (b) Attention across slices, without experts. All train the whole tower, in both stages and with one learning
     # rate: the recipe treats volume layers and others differently, and the arms differ in which layers those are.
@@ -207,6 +223,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=Path("phantoms"), help="folder written by ct-moe phantom")
     parser.add_argument("--base", type=Path, default=Path("phantom-base"), help="written by pretrain_base.py")
+    parser.add_argument("--reader", type=Path, default=DEMO_MODEL, help="written by train_demo.py")
     parser.add_argument("--out", type=Path, default=Path("phantom-ablations"))
     parser.add_argument("--only", default="", help="letters of the claims to run, such as cd")
     parser.add_argument("--seeds", type=int, default=5, help="at most so many seeds of every arm")
@@ -284,6 +301,8 @@ def run(arm: Arm, seed: int, args: argparse.Namespace) -> dict[str, Any]:
             folder, dtype=torch.float32, experts_implementation=experts
         )
         redraw_added(model, seed)
+        if arm.reader:
+            take_reader(model, args.reader, args.base)
         if arm.task_embedding:
             add_task_embedding(model)
         if arm.equal_scores:
@@ -331,6 +350,7 @@ def hashes(args: argparse.Namespace) -> dict[str, str]:
     """First digits of the SHA-256 of all that runs must have in common to be compared."""
     files = {
         "base": args.base / "model.safetensors",
+        "reader": args.reader / "model.safetensors",
         "train": args.data / "train.jsonl",
         args.split: args.data / f"{args.split}.jsonl",
         "recipe": RECIPE,
@@ -341,7 +361,7 @@ def hashes(args: argparse.Namespace) -> dict[str, str]:
             with path.open("rb") as file:
                 found[name] = hashlib.file_digest(file, "sha256").hexdigest()[:16]
         except OSError as error:
-            remedy = "Make it as the top of ablations.py says, or name it by --data or --base"
+            remedy = "Make it as the top of ablations.py says, or name it by --data, --base or --reader"
             raise DataError(str(path), f"cannot be read ({type(error).__name__})", remedy) from error
     return found
 
@@ -357,6 +377,17 @@ def forget(base: Path, folder: Path, *, keep_language: bool) -> Path:
         model.lm_head.load_state_dict(known.lm_head.state_dict())
     model.save_pretrained(folder)
     return folder
+
+
+@torch.no_grad()
+def take_reader(model: CTMoEForConditionalGeneration, reader: Path, base: Path) -> None:
+    """Give a model that was made from `base` the language model and the projector of another."""
+    if (reader / "tokenizer.json").read_bytes() != (base / "tokenizer.json").read_bytes():
+        raise DataError(str(reader), "has other tokens than the base", "Name one that was trained from it: --reader")
+    known = load_file(reader / "model.safetensors")
+    for name, parameter in model.named_parameters():
+        if name.startswith(READER):
+            parameter.copy_(known[name])
 
 
 @torch.no_grad()

@@ -14,8 +14,10 @@
 """The arms of the ablations: what each trains, with which learning rates, and on what records agree."""
 
 import argparse
+import copy
 import json
 import os
+import shutil
 import signal
 import sys
 from collections import Counter
@@ -319,23 +321,49 @@ def test_what_is_forgotten(ablations, base, tmp_path, keep_language):
 # Records ------------------------------------------------------------------------------------------------------------
 
 
+def test_the_reader_of_another_model_is_taken_and_nothing_else(ablations, arms, build, base, tmp_path):
+    """The committed demo model has other tokens than the small base of these tests."""
+    model = build(arms["c", "both levels"])
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    other = copy.deepcopy(model)
+    with torch.no_grad():
+        for parameter in other.parameters():
+            parameter.normal_()
+    other.save_pretrained(tmp_path)
+    shutil.copy(base / "tokenizer.json", tmp_path)
+    ablations.take_reader(model, tmp_path, base)
+    others = dict(other.named_parameters())
+    parts = part_of_parameters(model)
+    for name, parameter in model.named_parameters():
+        read = parts[name] in ("language_model", "projector", "input_embeddings")
+        torch.testing.assert_close(parameter, others[name] if read else before[name])
+    with pytest.raises(DataError, match="has other tokens than the base"):
+        ablations.take_reader(model, ablations.DEMO_MODEL, base)
+
+
 def inputs(folder: Path) -> argparse.Namespace:
-    for name in ("base/model.safetensors", "data/train.jsonl", "data/test.jsonl", "data/validation.jsonl"):
+    for name in (
+        "base/model.safetensors",
+        "reader/model.safetensors",
+        "data/train.jsonl",
+        "data/test.jsonl",
+        "data/validation.jsonl",
+    ):
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text(name)
-    return argparse.Namespace(base=folder / "base", data=folder / "data", split="test")
+    return argparse.Namespace(base=folder / "base", reader=folder / "reader", data=folder / "data", split="test")
 
 
 def test_hashes_are_of_what_was_read(ablations, tmp_path):
     args = inputs(tmp_path)
     before = ablations.hashes(args)
-    assert set(before) == {"base", "train", "test", "recipe"}
+    assert set(before) == {"base", "reader", "train", "test", "recipe"}
     assert all(len(value) == 16 and int(value, 16) >= 0 for value in before.values())
     (tmp_path / "data" / "test.jsonl").write_text("other")
     after = ablations.hashes(args)
     assert {name for name in before if before[name] != after[name]} == {"test"}
     args.split = "validation"
-    assert set(ablations.hashes(args)) == {"base", "train", "validation", "recipe"}
+    assert set(ablations.hashes(args)) == {"base", "reader", "train", "validation", "recipe"}
 
 
 def test_a_missing_base_is_named(ablations, tmp_path):

@@ -31,7 +31,7 @@ ASKED = [("count nodule", "between_slices"), ("where nodule", "place"), ("open p
 BOTH = ("c", "both levels")
 TWO, ONE = ("d", "two stages, rows of one task"), ("d", "one stage")
 FREE = ("f", "label-free routing")
-HASHES = {"base": "0a", "train": "0b", "test": "0c", "recipe": "0d"}
+HASHES = {"base": "0a", "reader": "0e", "train": "0b", "test": "0c", "recipe": "0d"}
 
 
 @pytest.fixture(scope="module")
