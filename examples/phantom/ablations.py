@@ -14,7 +14,8 @@
 """The paper's claims on phantoms: every arm trained with the same budget, scored on the same held-out scans.
 
     python examples/phantom/pretrain_base.py --data phantoms --out phantom-base
-    python examples/phantom/ablations.py --data phantoms --base phantom-base --out phantom-ablations
+    python examples/phantom/train_demo.py --data phantoms --base phantom-base --out demo_model
+    python examples/phantom/ablations.py --data phantoms --base phantom-base --reader demo_model
 
 Runs what is not there yet, one after the other, and can be cut off and started again at any time. `--part 1/3` does
 every third run: parts can run at the same time, on one machine or on several that share or later merge --out. On a
@@ -22,9 +23,9 @@ machine with several GPUs give each process one of them (CUDA_VISIBLE_DEVICES). 
 `--split validation` is for choosing settings; results of the test split are written once and never overwritten.
 `python examples/phantom/results.py --out phantom-ablations` turns the runs into the table and plots of RESULTS.md.
 
-All arms have the vision tower of the 2D base. In (a) the whole base; in all others what reads the visual tokens,
-language model and projector, comes from --reader, the demo model: from the base it learns within the eight minutes of
-a run to tell phase and presence alone, and no arm can show how well it tells the rest.
+All arms start with the vision tower of the 2D base. In (a) the rest is the base's too; in all others what reads the
+visual tokens, language model and projector, is that of --reader. From the base it would learn, within the eight
+minutes of a run, to tell the phase and half of the abnormalities, and no arm could show how well it tells the rest.
 
 The primary endpoint, named before the first run: accuracy of all closed questions of the test split together.
 """
@@ -44,6 +45,7 @@ import numpy as np
 import torch
 from datasets import Dataset, concatenate_datasets
 from pretrain_base import SLICES, VISION
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import nn
 from torch.utils.data import SequentialSampler
@@ -80,7 +82,6 @@ BATCH = 6  # rows per step; all else as in the recipe of the demo model
 SCARCITY = (50, 400, None)  # training scans; None for all
 REUSE = {"reused": "nothing", "vision from scratch": "vision", "from scratch": "everything"}
 RECIPE = Path(__file__).with_name("recipe.yaml")
-DEMO_MODEL = Path(__file__).parents[1] / "demo_model"
 SCORED_SCANS = 144
 ADDED = (".moe.", "guide_encoder.", "task_router.", "slice_scoring.")  # parts that the base does not have
 READER = ("model.language_model.", "lm_head.", "model.multi_modal_projector.")
@@ -223,7 +224,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=Path("phantoms"), help="folder written by ct-moe phantom")
     parser.add_argument("--base", type=Path, default=Path("phantom-base"), help="written by pretrain_base.py")
-    parser.add_argument("--reader", type=Path, default=DEMO_MODEL, help="written by train_demo.py")
+    parser.add_argument("--reader", type=Path, default=Path("demo_model"), help="written by train_demo.py")
     parser.add_argument("--out", type=Path, default=Path("phantom-ablations"))
     parser.add_argument("--only", default="", help="letters of the claims to run, such as cd")
     parser.add_argument("--seeds", type=int, default=5, help="at most so many seeds of every arm")
@@ -382,11 +383,18 @@ def forget(base: Path, folder: Path, *, keep_language: bool) -> Path:
 @torch.no_grad()
 def take_reader(model: CTMoEForConditionalGeneration, reader: Path, base: Path) -> None:
     """Give a model that was made from `base` the language model and the projector of another."""
-    if (reader / "tokenizer.json").read_bytes() != (base / "tokenizer.json").read_bytes():
-        raise DataError(str(reader), "has other tokens than the base", "Name one that was trained from it: --reader")
-    known = load_file(reader / "model.safetensors")
+    remedy = "Name a model that was trained from the base: --reader"
+    try:
+        tokens, own = ((folder / "tokenizer.json").read_bytes() for folder in (reader, base))
+        known = load_file(reader / "model.safetensors")
+    except (OSError, SafetensorError) as error:
+        raise DataError(str(reader), f"cannot be read ({type(error).__name__})", remedy) from error
+    if tokens != own:
+        raise DataError(str(reader), "has other tokens than the base", remedy)
     for name, parameter in model.named_parameters():
         if name.startswith(READER):
+            if name not in known or known[name].shape != parameter.shape:
+                raise DataError(str(reader), f"{name} is not as in the base", remedy)
             parameter.copy_(known[name])
 
 

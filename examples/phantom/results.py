@@ -471,7 +471,8 @@ def commands(results: Results, out: Path) -> list[str]:
     first, second = record["steps"]
     return [
         "python examples/phantom/pretrain_base.py --data phantoms --out phantom-base",
-        "python examples/phantom/ablations.py --data phantoms --base phantom-base \\",
+        "python examples/phantom/train_demo.py --data phantoms --base phantom-base --out demo_model",
+        "python examples/phantom/ablations.py --data phantoms --base phantom-base --reader demo_model \\",
         f"    --steps {first} {second} --batch {record['batch']} --out {out.name}",
         f"python examples/phantom/results.py --out {out.name} --write examples/phantom",
     ]

@@ -25,7 +25,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from ct_moe import CTMoEForConditionalGeneration, CTMoEProcessor, DataError, TrainingError
 from ct_moe.hub.tiny_base import build_tiny_base
@@ -35,6 +35,7 @@ from ct_moe.trainers.sft_trainer import _rate
 from ct_moe.trainers.stages import part_of_parameters
 
 
+DEMO_MODEL = Path(__file__).parents[2] / "examples" / "demo_model"
 SCANS = ("50 scans", "400 scans", "all scans")
 WITHOUT_GROUPS = (
     "dense, equal total",
@@ -338,7 +339,16 @@ def test_the_reader_of_another_model_is_taken_and_nothing_else(ablations, arms, 
         read = parts[name] in ("language_model", "projector", "input_embeddings")
         torch.testing.assert_close(parameter, others[name] if read else before[name])
     with pytest.raises(DataError, match="has other tokens than the base"):
-        ablations.take_reader(model, ablations.DEMO_MODEL, base)
+        ablations.take_reader(model, DEMO_MODEL, base)
+    save_file({"lm_head.weight": torch.ones(2, 2)}, tmp_path / "model.safetensors")
+    with pytest.raises(DataError, match="is not as in the base"):
+        ablations.take_reader(model, tmp_path, base)
+    (tmp_path / "model.safetensors").write_bytes(b"none")
+    with pytest.raises(DataError, match="cannot be read"):
+        ablations.take_reader(model, tmp_path, base)
+    (tmp_path / "tokenizer.json").unlink()
+    with pytest.raises(DataError, match="cannot be read"):
+        ablations.take_reader(model, tmp_path, base)
 
 
 def inputs(folder: Path) -> argparse.Namespace:

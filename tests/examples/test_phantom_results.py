@@ -285,11 +285,12 @@ def test_time_by_device(results, two_seeds):
 def test_the_commands_are_whole(results, two_seeds):
     text = results.table(results.read_runs(two_seeds), two_seeds)
     commands = text.split("```bash\n")[1].split("\n```")[0].replace("\\\n", " ")
-    base, ablations, tables = [" ".join(line.split()) for line in commands.splitlines()]
+    base, demo, ablations, tables = [" ".join(line.split()) for line in commands.splitlines()]
     assert base == "python examples/phantom/pretrain_base.py --data phantoms --out phantom-base"
+    assert demo == "python examples/phantom/train_demo.py --data phantoms --base phantom-base --out demo_model"
     assert ablations == (
-        "python examples/phantom/ablations.py --data phantoms --base phantom-base --steps 2 1 --batch 4 "
-        f"--out {two_seeds.name}"
+        "python examples/phantom/ablations.py --data phantoms --base phantom-base --reader demo_model "
+        f"--steps 2 1 --batch 4 --out {two_seeds.name}"
     )
     assert tables == f"python examples/phantom/results.py --out {two_seeds.name} --write examples/phantom"
     assert str(two_seeds) not in text
