@@ -105,7 +105,7 @@ class Run:
     """One run: a value per question, in the order of `Results.questions`.
 
     Attributes:
-        right: 1 or 0.
+        right: 1 or 0; not a number where it was not asked, as open questions of the wrong group.
         groups: index of the expert group; `None` without groups.
         report_groups: that of every report, where it was noted.
     """
@@ -302,7 +302,7 @@ def read_runs(out: Path) -> Results:
     if not files:
         raise DataError(str(out / "test"), "no run is there", f"Run: python examples/phantom/ablations.py --out {out}")
     results = Results([], [], {}, planned)
-    first: list[tuple] = []
+    first: list[_Answer] = []
     common: dict[str, Any] = {}
     for file in files:
         try:
@@ -314,7 +314,8 @@ def read_runs(out: Path) -> Results:
             )
             scored = {arm: _scored(record["scores"])}
             if "wrong_group" in record:
-                scored[WRONG_GROUP] = _scored(record["wrong_group"])
+                answers, told = _scored(record["wrong_group"])
+                scored[WRONG_GROUP] = [answer for answer in answers if not answer.is_open], told
             kept = {name: record[name] for name in KEPT}
             trained = _same_in_all(record)
             report_groups = record["report_groups"] if arm in plan and plan[arm].report_groups else []
@@ -334,21 +335,23 @@ def read_runs(out: Path) -> Results:
                 raise DataError(
                     file.name, finding, "Arms are compared alike: run all with the same files and settings"
                 )
-        first = first or [answer.key for answer in scored[arm][0]]
+        first = first or scored[arm][0]
         for name, (answers, told) in scored.items():
-            if [answer.key for answer in answers] != first:
+            asked = [answer.key for answer in first if name != WRONG_GROUP or not answer.is_open]
+            if [answer.key for answer in answers] != asked:
                 remedy = "Score all runs on the same --data"
                 raise DataError(file.name, f"answers other questions than {files[0].name}", remedy)
-            right = np.array([answer.right for answer in answers])
-            closed = right[[not answer.is_open for answer in answers]].mean()
+            given = {answer.key: answer for answer in answers}
+            right = np.array([given[answer.key].right if answer.key in given else np.nan for answer in first])
+            closed = right[[not answer.is_open for answer in first]].mean()
             if not math.isclose(closed, told, abs_tol=1e-6):
                 finding = f"its answers give the accuracy {closed:.4f}, its scores say {told:.4f}"
                 raise DataError(file.name, finding, "Remove it, and run ablations.py again")
-            groups = [answer.group for answer in answers]
+            groups = [given[answer.key].group if answer.key in given else None for answer in first]
             results.runs.setdefault(name, {})[seed] = Run(parameters, right, groups, report_groups)
     results.questions = [
         {"images": answer.key[0], "kind": answer.kind, "topic": answer.topic, "closed": not answer.is_open}
-        for answer in answers
+        for answer in first
     ]
     return results
 
@@ -554,8 +557,8 @@ def claim_table(results: Results, claim: Claim) -> list[str]:
             f"{cut_percent(mean)} {interval_text(interval)}",
             spread(per_seed),
             *(
-                cut_percent(results.right(arm, seeds, chosen).mean()) if chosen.any() else "-"
-                for chosen in (between, ~results.closed)
+                cut_percent(right.mean()) if right.size and not np.isnan(right).any() else "-"
+                for right in (results.right(arm, seeds, chosen) for chosen in (between, ~results.closed))
             ),
         ]
         found = difference(results, shown[arm]) if arm in shown else None
