@@ -319,12 +319,11 @@ def test_what_is_forgotten(ablations, base, tmp_path, keep_language):
             assert torch.equal(weight, after[name]) == (keep_language and name in language), name
 
 
-# Records ------------------------------------------------------------------------------------------------------------
-
-
 def test_the_reader_of_another_model_is_taken_and_nothing_else(ablations, arms, build, base, tmp_path):
     """The committed demo model has other tokens than the small base of these tests."""
     model = build(arms["c", "both levels"])
+    assert {arm.question for arm in arms.values() if not arm.reader} == {"a"}
+    assert {arm.question for arm in arms.values() if arm.reader} == set("bcdef")
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     other = copy.deepcopy(model)
     with torch.no_grad():
@@ -349,6 +348,16 @@ def test_the_reader_of_another_model_is_taken_and_nothing_else(ablations, arms, 
     (tmp_path / "tokenizer.json").unlink()
     with pytest.raises(DataError, match="cannot be read"):
         ablations.take_reader(model, tmp_path, base)
+
+
+def test_a_run_takes_its_reader(ablations, arms, base, data):
+    """Here one that does not fit, which only a run that takes it can find."""
+    args = argparse.Namespace(base=base, reader=DEMO_MODEL, data=data, split="train")
+    with pytest.raises(DataError, match="has other tokens than the base"):
+        ablations.run(arms["c", "both levels"], 0, args)
+
+
+# Records ------------------------------------------------------------------------------------------------------------
 
 
 def inputs(folder: Path) -> argparse.Namespace:
