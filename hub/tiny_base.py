@@ -90,6 +90,7 @@ def build_tiny_base(
     text: dict | None = None,
     dtype: torch.dtype = torch.float32,
     sentences: Iterable[str] | None = None,
+    tokenizer: PreTrainedTokenizerFast | None = None,
 ) -> Path:
     """Write a randomly initialised LLaVA base; the same arguments give the same bytes.
 
@@ -101,6 +102,7 @@ def build_tiny_base(
         text: fields of the language model's config that replace the tiny ones (2 layers of width 128).
         dtype: dtype of the weights on disk.
         sentences: text its tokenizer is trained on; by default `radiology_sentences()`.
+        tokenizer: one that another tiny base has, in place of a new one.
 
     Returns:
         `out_dir`.
@@ -108,7 +110,8 @@ def build_tiny_base(
     Raises:
         ModelError: `out_dir` holds something already.
     """
-    tokenizer = _train_tokenizer(radiology_sentences() if sentences is None else sentences)
+    if tokenizer is None:
+        tokenizer = _train_tokenizer(radiology_sentences() if sentences is None else sentences)
     config = _config(tokenizer, text_model, vision or {}, text or {})
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

@@ -14,8 +14,8 @@
 """The paper's claims on phantoms: every arm trained with the same budget, scored on the same held-out scans.
 
     python examples/phantom/pretrain_base.py --data phantoms --out phantom-base
-    python examples/phantom/train_demo.py --data phantoms --base phantom-base --out demo_model
-    python examples/phantom/ablations.py --data phantoms --base phantom-base --reader demo_model
+    python examples/phantom/teach_base.py --data phantoms --out taught-base
+    python examples/phantom/ablations.py --data phantoms --base phantom-base --taught taught-base
 
 Runs what is not there yet, one after the other, and can be cut off and started again at any time. `--part 1/3` does
 every third run: parts can run at the same time, on one machine or on several that share or later merge --out. On a
@@ -23,9 +23,9 @@ machine with several GPUs give each process one of them (CUDA_VISIBLE_DEVICES). 
 `--split validation` is for choosing settings; results of the test split are written once and never overwritten.
 `python examples/phantom/results.py --out phantom-ablations` turns the runs into the table and plots of RESULTS.md.
 
-All arms start with the vision tower of the 2D base. In (a) the rest is the base's too; in all others what reads the
-visual tokens, language model and projector, is that of --reader. From the base it would learn, within the eight
-minutes of a run, to tell the phase and half of the abnormalities, and no arm could show how well it tells the rest.
+In (a) all arms start with the 2D base, in all others with the taught base, whose language model can read the tower:
+from the 2D base it would learn, within the eight minutes of a run, to tell the phase and half of the abnormalities,
+and no arm could show how well it tells the rest. A record keeps which questions were answered rightly, not the words.
 
 The primary endpoint, named before the first run: accuracy of all closed questions of the test split together.
 """
@@ -37,6 +37,7 @@ import shutil
 import sys
 import tempfile
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -45,8 +46,6 @@ import numpy as np
 import torch
 from datasets import Dataset, concatenate_datasets
 from pretrain_base import SLICES, VISION
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import nn
 from torch.utils.data import SequentialSampler
 from train_demo import SETTINGS, make_model
@@ -61,10 +60,11 @@ from ct_moe import (
     TrainingError,
 )
 from ct_moe.hub.whole_file import whole_file
-from ct_moe.trainers.evaluation.answering import answer_rows
+from ct_moe.trainers.evaluation.answering import Answer, answer_rows
+from ct_moe.trainers.evaluation.closed_questions import score_closed
 from ct_moe.trainers.evaluation.cut_numbers import cut_percent
 from ct_moe.trainers.packing import pack_rows
-from ct_moe.trainers.phantoms.benchmark import evaluate_phantoms, read_split
+from ct_moe.trainers.phantoms.benchmark import read_split
 from ct_moe.trainers.recipe import Stage2Config, StageConfig, TwoStageRecipe, load_recipe
 from ct_moe.trainers.rows import check_tasks, interleave_tasks, load_rows
 from ct_moe.trainers.sft_trainer import CTMoESFTTrainer
@@ -77,14 +77,13 @@ EXPERTS, WIDTH = SETTINGS["num_experts"], SETTINGS["moe_intermediate_size"]  # p
 GROUPS = 1 + len(TASKS)
 DENSE = {"moe_layers": []}
 ALL_SLICES = SLICES["max_slices"]  # pz = all
-STEPS = (80, 25)  # of stage 1 and stage 2: a run must end in eight minutes on two cores
-BATCH = 6  # rows per step; all else as in the recipe of the demo model
+STEPS = (40, 20)  # of stage 1 and stage 2: two runs at a time end in four minutes, one on each core
+BATCH = 4  # rows per step; all else as in the recipe of the demo model
 SCARCITY = (50, 400, None)  # training scans; None for all
 REUSE = {"reused": "nothing", "vision from scratch": "vision", "from scratch": "everything"}
 RECIPE = Path(__file__).with_name("recipe.yaml")
 SCORED_SCANS = 144
 ADDED = (".moe.", "guide_encoder.", "task_router.", "slice_scoring.")  # parts that the base does not have
-READER = ("model.language_model.", "lm_head.", "model.multi_modal_projector.")
 TOWER = ("slice_layers", "volume_layers", "ffns")  # the pretrained parts of the vision tower
 
 
@@ -98,7 +97,7 @@ class Arm:
         seeds: how many runs.
         convert: settings of the conversion, in place of those of the demo model.
         scans: training scans; `None` for all.
-        reader: take language model and projector from the reader; otherwise from the base.
+        taught: start with the taught base; otherwise with the pretrained one.
         forgotten: pretrained weights that are drawn anew: "nothing", "vision" (tower and projector) or "everything".
         trained: in both stages: "recipe" (what the recipe says, but for the slice layers, which stay frozen), "tower"
             (the whole vision tower too) or "everything", the input embeddings too.
@@ -109,7 +108,7 @@ class Arm:
         task_embedding: a learned vector per task, added before the first layer that has experts in other arms.
         equal_scores: TG-IS in which all slices have the same score.
         wrong_group: also score the model's closed answers with the next task's group forced.
-        report_groups: also note the group that each report is routed to.
+        note_groups: also note the groups that reports and open questions are routed to.
     """
 
     question: str
@@ -117,7 +116,7 @@ class Arm:
     seeds: int = 3
     convert: dict[str, Any] = field(default_factory=dict)
     scans: int | None = None
-    reader: bool = True
+    taught: bool = True
     forgotten: str = "nothing"
     trained: str = "recipe"
     two_stages: bool = True
@@ -127,12 +126,12 @@ class Arm:
     task_embedding: bool = False
     equal_scores: bool = False
     wrong_group: bool = False
-    report_groups: bool = False
+    note_groups: bool = False
 
 
 def arms() -> list[Arm]:
     """Every arm, in the order in which they run: the shared reference first."""
-    found = [Arm("c", "both levels", seeds=5, wrong_group=True, report_groups=True)]
+    found = [Arm("c", "both levels", seeds=5, wrong_group=True, note_groups=True)]
     # (c) What the experts bring. One expert without a router is a dense layer beside the FFN.
     one = {"tasks": [], "num_experts": 1}
     found += [
@@ -164,7 +163,7 @@ def arms() -> list[Arm]:
                     "a",
                     f"{name}, {scans or 'all'} scans",
                     scans=scans,
-                    reader=False,
+                    taught=False,
                     forgotten=forgotten,
                     trained="everything",
                 )
@@ -198,7 +197,7 @@ def arms() -> list[Arm]:
         Arm("e", "TG-IS, normalised", convert=tgis),
     ]
     # (f) Tasks nobody named.
-    found.append(Arm("f", "label-free routing", labelled=False, report_groups=True))
+    found.append(Arm("f", "label-free routing", labelled=False, note_groups=True))
     return found
 
 
@@ -224,7 +223,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, default=Path("phantoms"), help="folder written by ct-moe phantom")
     parser.add_argument("--base", type=Path, default=Path("phantom-base"), help="written by pretrain_base.py")
-    parser.add_argument("--reader", type=Path, default=Path("demo_model"), help="written by train_demo.py")
+    parser.add_argument("--taught", type=Path, default=Path("taught-base"), help="written by teach_base.py")
     parser.add_argument("--out", type=Path, default=Path("phantom-ablations"))
     parser.add_argument("--only", default="", help="letters of the claims to run, such as cd")
     parser.add_argument("--seeds", type=int, default=5, help="at most so many seeds of every arm")
@@ -262,12 +261,7 @@ def main() -> None:
             file.parent.mkdir(parents=True, exist_ok=True)
             with whole_file(file) as part:
                 part.write_text(json.dumps(result) + "\n", encoding="utf-8")
-            closed = result["scores"]["closed"]
-            print(
-                f"  closed {cut_percent(closed['accuracy'])} %, between slices "
-                f"{cut_percent(closed['kinds']['between_slices'])} %, {result['seconds']:.0f} s",
-                flush=True,
-            )
+            print(f"  closed {cut_percent(result['closed']['accuracy'])} %, {result['seconds']:.0f} s", flush=True)
     except CTMoEError as error:
         sys.exit(f"ablations: error: {error}")
 
@@ -289,10 +283,11 @@ def run(arm: Arm, seed: int, args: argparse.Namespace) -> dict[str, Any]:
     """Convert, train both stages, score."""
     started = time.monotonic()
     cuda = torch.cuda.is_available()
-    files = hashes(args)  # of what is read, not of what is there at the end
+    base = args.taught if arm.taught else args.base
+    files = hashes(base, args)  # of what is read, not of what is there at the end
     torch.manual_seed(seed)
     with tempfile.TemporaryDirectory() as temporary:
-        folder, base = Path(temporary) / "model", args.base
+        folder = Path(temporary) / "model"
         if arm.forgotten != "nothing":
             base = forget(base, Path(temporary) / "base", keep_language=arm.forgotten == "vision")
         make_model(base, folder, **{**SETTINGS, "tasks": list(TASKS), **arm.convert})
@@ -302,8 +297,6 @@ def run(arm: Arm, seed: int, args: argparse.Namespace) -> dict[str, Any]:
             folder, dtype=torch.float32, experts_implementation=experts
         )
         redraw_added(model, seed)
-        if arm.reader:
-            take_reader(model, args.reader, args.base)
         if arm.task_embedding:
             add_task_embedding(model)
         if arm.equal_scores:
@@ -311,48 +304,79 @@ def run(arm: Arm, seed: int, args: argparse.Namespace) -> dict[str, Any]:
         scans = train(model, processor, arm, seed, args, Path(temporary))
     trained = time.monotonic()
     model.to("cuda" if cuda else "cpu")
-    cache = VolumeCache(args.data / "slices", processor.image_processor)
-    how = {"volume_cache": cache, "batch_size": 128 if cuda else 32, "progress": False}
-    settings = {"split": args.split, "scans": SCORED_SCANS, "controls": (), "tasks": ("vqa_closed", "vqa_open"), **how}
+    rows, _ = read_split(args.data, args.split, SCORED_SCANS)
+    how = {
+        "folder": args.data,
+        "volume_cache": VolumeCache(args.data / "slices", processor.image_processor),
+        "batch_size": 128 if cuda else 32,
+        "progress": False,
+    }
 
     def task_of(row: dict) -> str | None:
         if arm.groups == "scan":
             return TASKS[scan_hash(row["images"])]
         return row["task"] if arm.task_embedding else None
 
-    scores = evaluate_phantoms(model, processor, args.data, task=task_of, **settings)
+    asked = [row for row in rows if row["task"] == "vqa_closed"]
     record = {
         "arm": {"question": arm.question, "name": arm.name},
         "seed": seed,
         "steps": list(args.steps),
         "batch": args.batch,
         **scans,
-        "hashes": files,
+        "hashes": files | {"questions": keep_questions(asked, args.out / args.split)},
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "device": torch.cuda.get_device_name() if cuda else "CPU",
         "threads": torch.get_num_threads(),
         "seconds_training": round(trained - started, 1),
-        "scores": scores,
+        "closed": scored(asked, answer_rows(model, processor, asked, task=task_of, **how)),
     }
     if arm.wrong_group:
         following = dict(zip(TASKS, (*TASKS[1:], TASKS[0])))
-        closed = settings | {"tasks": ("vqa_closed",)}  # of the primary endpoint: eight minutes are the limit
-        wrong = evaluate_phantoms(model, processor, args.data, task=lambda row: following[row["task"]], **closed)
-        record["wrong_group"] = wrong
-    if arm.report_groups:
-        rows, _ = read_split(args.data, args.split, SCORED_SCANS)
-        asked = [row for row in rows if row["task"] == "report"]
+        answers = answer_rows(model, processor, asked, task=lambda row: following[row["task"]], **how)
+        record["wrong_group"] = scored(asked, answers)
+    if arm.note_groups:
+        others = [row for row in rows if row["task"] != "vqa_closed"]
         # The group is chosen before the first token, and no more are asked for.
-        answers = answer_rows(model, processor, asked, folder=args.data, max_new_tokens={"report": 1}, **how)
-        record["report_groups"] = [answer.task for answer in answers]
+        limits = dict.fromkeys(TASKS, 1)
+        answers = answer_rows(model, processor, others, max_new_tokens=limits, **how)
+        record["other_groups"] = {
+            task: digits(answer.task for row, answer in zip(others, answers) if row["task"] == task)
+            for task in TASKS
+            if task != "vqa_closed"
+        }
     return {**record, "seconds": round(time.monotonic() - started, 1)}
 
 
-def hashes(args: argparse.Namespace) -> dict[str, str]:
+def keep_questions(asked: list[dict], folder: Path) -> str:
+    """Write questions.jsonl, to which the digits of all records belong; first digits of its SHA-256."""
+    names = ("images", "kind", "template")
+    content = "".join(json.dumps({name: row[name] for name in names}) + "\n" for row in asked)
+    file = folder / "questions.jsonl"
+    if not file.is_file():
+        folder.mkdir(parents=True, exist_ok=True)
+        with whole_file(file) as part:
+            part.write_text(content, encoding="utf-8")
+    elif file.read_text(encoding="utf-8") != content:
+        raise DataError(str(file), "has other questions", "Score all runs on the same --data, or name another --out")
+    return hashlib.sha256(content.encode()).hexdigest()[:16]
+
+
+def scored(asked: list[dict], answers: list[Answer]) -> dict[str, Any]:
+    """Accuracy, and per question a digit: 1 where the answer is right; and that of its group, or - without groups."""
+    right = [score["strict"] for score in score_closed(asked, [answer.text for answer in answers])]
+    groups = digits(answer.task for answer in answers)
+    return {"accuracy": sum(right) / len(right), "right": digits(map(int, right)), "groups": groups}
+
+
+def digits(values: Iterable[int | None]) -> str:
+    return "".join("-" if value is None else str(value) for value in values)
+
+
+def hashes(base: Path, args: argparse.Namespace) -> dict[str, str]:
     """First digits of the SHA-256 of all that runs must have in common to be compared."""
     files = {
-        "base": args.base / "model.safetensors",
-        "reader": args.reader / "model.safetensors",
+        "base": base / "model.safetensors",
         "train": args.data / "train.jsonl",
         args.split: args.data / f"{args.split}.jsonl",
         "recipe": RECIPE,
@@ -363,7 +387,7 @@ def hashes(args: argparse.Namespace) -> dict[str, str]:
             with path.open("rb") as file:
                 found[name] = hashlib.file_digest(file, "sha256").hexdigest()[:16]
         except OSError as error:
-            remedy = "Make it as the top of ablations.py says, or name it by --data, --base or --reader"
+            remedy = "Make it as the top of ablations.py says, or name it by --data, --base or --taught"
             raise DataError(str(path), f"cannot be read ({type(error).__name__})", remedy) from error
     return found
 
@@ -379,24 +403,6 @@ def forget(base: Path, folder: Path, *, keep_language: bool) -> Path:
         model.lm_head.load_state_dict(known.lm_head.state_dict())
     model.save_pretrained(folder)
     return folder
-
-
-@torch.no_grad()
-def take_reader(model: CTMoEForConditionalGeneration, reader: Path, base: Path) -> None:
-    """Give a model that was made from `base` the language model and the projector of another."""
-    remedy = "Name a model that was trained from the base: --reader"
-    try:
-        tokens, own = ((folder / "tokenizer.json").read_bytes() for folder in (reader, base))
-        known = load_file(reader / "model.safetensors")
-    except (OSError, SafetensorError) as error:
-        raise DataError(str(reader), f"cannot be read ({type(error).__name__})", remedy) from error
-    if tokens != own:
-        raise DataError(str(reader), "has other tokens than the base", remedy)
-    for name, parameter in model.named_parameters():
-        if name.startswith(READER):
-            if name not in known or known[name].shape != parameter.shape:
-                raise DataError(str(reader), f"{name} is not as in the base", remedy)
-            parameter.copy_(known[name])
 
 
 @torch.no_grad()
@@ -485,7 +491,7 @@ def stage_configs(model, arm: Arm, seed: int, args: argparse.Namespace, folder: 
         "disable_tqdm": True,
         "seed": seed,
         "per_device_train_batch_size": args.batch,
-        "stage1.train_slice_layers": "frozen",  # a run must end in minutes on two cores
+        "stage1.train_slice_layers": "frozen",  # a run must end in minutes
         "stage1.max_steps": args.steps[0],
         "stage2.max_steps": args.steps[1],
     }

@@ -110,7 +110,6 @@ def pretrain(args: argparse.Namespace) -> None:
     dataset.processor = AutoProcessor.from_pretrained(work / "base")
     model = LlavaForConditionalGeneration.from_pretrained(work / "base", dtype=torch.float32)
     torch.manual_seed(args.seed)
-    model.apply(model._init_weights)
     if args.tower_steps:
         # Named after all that it depends on: another run's tower is not taken for this one's.
         settings = (args.tower_steps, args.tower_batch, args.lr, args.seed, args.scans)

@@ -16,7 +16,7 @@
     pip install "ct-moe[plots]"
     python examples/phantom/results.py --out phantom-ablations --write examples/phantom
 
-Reads OUT/test/*.json and writes ABLATIONS.md, scarcity.png and arms.png. What was not run is listed as such.
+Reads OUT/test and writes ABLATIONS.md, scarcity.png and arms.png. What was not run is listed as such.
 
 The rule for what the numbers say was set before the first run: a difference between two arms is taken over the same
 questions and the same seeds, in the direction that speaks for the claim, and its 95 % interval is a bootstrap over
@@ -24,11 +24,8 @@ scans. Above 0 the claim holds, below 0 it does not hold, and if the interval co
 """
 
 import argparse
-import json
-import math
 import sys
-from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
@@ -43,15 +40,13 @@ from ablations import (
     arms,
     vision_config,
 )
+from records import REFERENCE, WRONG_GROUP, Results, read_runs
 
-from ct_moe import CTMoEError, DataError
+from ct_moe import CTMoEError
 from ct_moe.trainers.evaluation.bootstrap import bootstrap_interval, paired_bootstrap_interval
 from ct_moe.trainers.evaluation.cut_numbers import cut, cut_percent
 
 
-KEPT = ("steps", "batch", "train_scans", "all_train_scans", "device", "threads", "seconds", "seconds_training")
-REFERENCE = ("c", "both levels")
-WRONG_GROUP = ("c", "both levels, wrong group forced")
 TWO_STAGES, ONE_STAGE = ("d", "two stages, rows of one task"), ("d", "one stage")
 MEAN_POOLING = ("e", "mean pooling")
 RULE = """\
@@ -62,8 +57,9 @@ all its questions, each with its mean over seeds. It does not hold the chance of
 seeds (lowest to highest) shows. A difference is taken over the same questions and over the seeds that both arms have,
 in the direction that speaks for the claim.
 
-But for (a) all arms start with the vision tower of the 2D base, and with the language model and the projector of the
-demo model: what is learned is to see, and what reads it can read.
+In (a) all arms start with the 2D base, in all other claims with the taught base: slice layers, projector and language
+model are the demo model's, and the layers above have learned from single slices to say what the demo model says of
+them. What is learned is to see slices together, and what reads it can read.
 
 The rule, set before the first run, on numbers before they are cut: a claim **holds** where the interval of the
 difference is above 0, it **does not hold** where it is below 0, and it **cannot be told** where the interval covers
@@ -98,57 +94,6 @@ class Claim:
     rows: list[tuple[str, str]]
     comparisons: list[Comparison]
     note: str = ""
-
-
-@dataclass
-class Run:
-    """One run: a value per question, in the order of `Results.questions`.
-
-    Attributes:
-        right: 1 or 0; not a number where it was not asked, as open questions of the wrong group.
-        groups: index of the expert group; `None` without groups.
-        report_groups: that of every report, where it was noted.
-    """
-
-    parameters: int
-    right: np.ndarray
-    groups: list[int | None]
-    report_groups: list[int]
-
-
-@dataclass
-class Results:
-    """All runs, by arm and seed.
-
-    Attributes:
-        records: as read, once each, without the scores: what was trained on what, and for how long.
-        questions: of each, `images`, `kind`, `topic` (first word of the template, "open" aside) and `closed` (bool).
-        planned: seeds of each arm.
-    """
-
-    records: list[dict[str, Any]]
-    questions: list[dict[str, Any]]
-    runs: dict[tuple[str, str], dict[int, Run]]
-    planned: dict[tuple[str, str], int]
-
-    def where(self, test: Callable[[dict], bool]) -> np.ndarray:
-        return np.array([test(question) for question in self.questions], dtype=bool)
-
-    @property
-    def all_scans(self) -> int:
-        """How many training scans all of them are."""
-        return self.records[0]["all_train_scans"]
-
-    @property
-    def closed(self) -> np.ndarray:
-        return self.where(lambda question: question["closed"])
-
-    def right(self, arm: tuple[str, str], seeds: Sequence[int], chosen: np.ndarray) -> np.ndarray:
-        """(seeds, chosen questions)."""
-        return np.stack([self.runs[arm][seed].right[chosen] for seed in seeds])
-
-    def scans(self, chosen: np.ndarray) -> list[str]:
-        return [question["images"] for question, is_chosen in zip(self.questions, chosen) if is_chosen]
 
 
 @dataclass
@@ -276,7 +221,7 @@ def claims() -> list[Claim]:
             [REFERENCE, *own["f"]],
             [Comparison(REFERENCE, row, row, f"both levels minus {row[1]}") for row in own["f"]],
             "The last columns show what the group that the prompt chose has in common with the task (report, closed "
-            "or open question; each counts alike) and, for questions, with what is asked (first word of the "
+            "or open question; each counts alike) and, for closed questions, with what is asked (first word of the "
             "template): normalised mutual information, 2 I / (H + H), in percent, mean over seeds and lowest to "
             "highest. 0: independent; 100: one tells the other.",
         )
@@ -288,107 +233,6 @@ def expert_ratio(name: str) -> str:
     """Active expert parameters per token of an arm of (c), over those of the reference."""
     active = {arm.name: active_expert_parameters(vision_config(arm)) for arm in arms() if arm.question == "c"}
     return cut(active[name] / active[REFERENCE[1]])
-
-
-# Reading -----------------------------------------------------------------------------------------------------------
-
-
-def read_runs(out: Path) -> Results:
-    """Raises `DataError` where there is no run, or runs that cannot be compared."""
-    plan = {(arm.question, arm.name): arm for arm in arms()}
-    planned = {name: arm.seeds for name, arm in plan.items()}
-    planned[WRONG_GROUP] = plan[REFERENCE].seeds
-    files = sorted((out / "test").glob("?_*.json"))
-    if not files:
-        raise DataError(str(out / "test"), "no run is there", f"Run: python examples/phantom/ablations.py --out {out}")
-    results = Results([], [], {}, planned)
-    first: list[_Answer] = []
-    common: dict[str, Any] = {}
-    for file in files:
-        try:
-            record = json.loads(file.read_text(encoding="utf-8"))
-            arm, seed, parameters = (
-                (record["arm"]["question"], record["arm"]["name"]),
-                record["seed"],
-                record["parameters"],
-            )
-            scored = {arm: _scored(record["scores"])}
-            if "wrong_group" in record:
-                answers, told = _scored(record["wrong_group"])
-                scored[WRONG_GROUP] = [answer for answer in answers if not answer.is_open], told
-            kept = {name: record[name] for name in KEPT}
-            trained = _same_in_all(record)
-            report_groups = record["report_groups"] if arm in plan and plan[arm].report_groups else []
-        except (ValueError, KeyError, TypeError) as error:
-            finding = f"is no record of a run ({type(error).__name__}: {error})"
-            raise DataError(file.name, finding, "Remove it, and run ablations.py again") from error
-        run = f"({arm[0]}) {arm[1]}, seed {seed},"
-        if arm not in plan or seed not in range(plan[arm].seeds):
-            raise DataError(file.name, f"{run} is not among the runs that ablations.py plans", "Move it elsewhere")
-        if seed in results.runs.get(arm, {}):
-            raise DataError(file.name, f"{run} is there twice", "Keep one of the files")
-        results.records.append(kept)
-        common = common or trained
-        for name, value in trained.items():
-            if value != common[name]:
-                finding = f"{name}: {value}, but {common[name]} in {files[0].name}"
-                raise DataError(
-                    file.name, finding, "Arms are compared alike: run all with the same files and settings"
-                )
-        first = first or scored[arm][0]
-        for name, (answers, told) in scored.items():
-            asked = [answer.key for answer in first if name != WRONG_GROUP or not answer.is_open]
-            if [answer.key for answer in answers] != asked:
-                remedy = "Score all runs on the same --data"
-                raise DataError(file.name, f"answers other questions than {files[0].name}", remedy)
-            given = {answer.key: answer for answer in answers}
-            right = np.array([given[answer.key].right if answer.key in given else np.nan for answer in first])
-            closed = right[[not answer.is_open for answer in first]].mean()
-            if not math.isclose(closed, told, abs_tol=1e-6):
-                finding = f"its answers give the accuracy {closed:.4f}, its scores say {told:.4f}"
-                raise DataError(file.name, finding, "Remove it, and run ablations.py again")
-            groups = [given[answer.key].group if answer.key in given else None for answer in first]
-            results.runs.setdefault(name, {})[seed] = Run(parameters, right, groups, report_groups)
-    results.questions = [
-        {"images": answer.key[0], "kind": answer.kind, "topic": answer.topic, "closed": not answer.is_open}
-        for answer in first
-    ]
-    return results
-
-
-def _same_in_all(record: dict[str, Any]) -> dict[str, Any]:
-    """What runs must have in common, by its name in words."""
-    first, second = record["steps"]
-    found = {"steps of stage 1": first, "steps of stage 2": second, "rows per step": record["batch"]}
-    # `base` is what was forgotten where an arm starts from scratch.
-    return found | {
-        f"hash of {name}": record["hashes"][name] for name in ("base", "reader", "train", "test", "recipe")
-    }
-
-
-@dataclass
-class _Answer:
-    key: tuple[str, str, str]  # the question: scan, template, prompt
-    kind: str
-    right: float
-    group: int | None
-
-    @property
-    def is_open(self) -> bool:
-        return self.key[1].startswith("open ")  # templates of open questions do: phantoms/texts.py
-
-    @property
-    def topic(self) -> str:
-        return self.key[1].removeprefix("open ").split(" ")[0]
-
-
-def _scored(scores: dict[str, Any]) -> tuple[list[_Answer], float]:
-    """Answers sorted by question, since seeds and arms are paired by it, and the accuracy that was told."""
-    answers = [
-        _Answer((row["images"], row["template"], row["prompt"]), row["kind"], float(row["right"]), row["group"])
-        for row in scores["answers"]
-    ]
-    return sorted(answers, key=lambda answer: answer.key), scores["closed"]["accuracy"]
 
 
 # Numbers -----------------------------------------------------------------------------------------------------------
@@ -403,28 +247,26 @@ def verdict(interval: tuple[float, float]) -> str:
 
 
 def difference(results: Results, comparison: Comparison) -> Difference | None:
-    """Over the closed questions and the seeds that both arms have; `None` where they share no seed."""
+    """Over the seeds that both arms have; `None` where they share no seed."""
     better, worse = (results.runs.get(arm, {}) for arm in (comparison.better, comparison.worse))
     seeds = sorted(better.keys() & worse.keys())
     if not seeds:
         return None
-    closed = results.closed
-    a, b = (results.right(arm, seeds, closed) for arm in (comparison.better, comparison.worse))
-    interval = paired_bootstrap_interval(a.mean(0), b.mean(0), results.scans(closed))
+    a, b = (results.right(arm, seeds) for arm in (comparison.better, comparison.worse))
+    interval = paired_bootstrap_interval(a.mean(0), b.mean(0), results.scans)
     planned = min(results.planned[arm] for arm in (comparison.better, comparison.worse))
     return Difference(float((a - b).mean()), interval, (a - b).mean(1).tolist(), planned)
 
 
-def accuracy(results: Results, arm: tuple[str, str], seeds: Sequence[int], chosen: np.ndarray) -> tuple:
+def accuracy(results: Results, arm: tuple[str, str], seeds: Sequence[int]) -> tuple:
     """Mean, its interval over scans, and the mean per seed."""
-    right = results.right(arm, seeds, chosen)
-    return float(right.mean()), bootstrap_interval(right.mean(0), results.scans(chosen)), right.mean(1).tolist()
+    right = results.right(arm, seeds)
+    return float(right.mean()), bootstrap_interval(right.mean(0), results.scans), right.mean(1).tolist()
 
 
 def mutual_information(a: Sequence, b: Sequence, weights: Sequence[float] | None = None) -> float:
     """Normalised by the mean of both entropies: 0 to 1, and 0 where one of the two never changes."""
-    _, rows = np.unique(np.asarray(a).astype(str), return_inverse=True)
-    _, columns = np.unique(np.asarray(b).astype(str), return_inverse=True)
+    rows, columns = (np.unique([str(value) for value in values], return_inverse=True)[1] for values in (a, b))
     joint = np.zeros((rows.max() + 1, columns.max() + 1))
     weights = np.ones(len(rows)) if weights is None else np.asarray(weights)
     np.add.at(joint, (rows, columns), weights / weights.sum())
@@ -452,11 +294,9 @@ def spread(values: Sequence[float], sign: bool = False) -> str:
 
 def table(results: Results, out: Path) -> str:
     """ABLATIONS.md."""
-    closed = results.closed
     lines = ["# Ablations on phantoms", "", RULE, ""]
-    asked = f"{closed.sum()} closed and {(~closed).sum()} open questions"
     lines += [
-        f"Test split: {len(set(results.scans(closed)))} scans, {asked}.",
+        f"Test split: {len(set(results.scans))} scans, {len(results.scans)} closed questions.",
         f"{time_spent(results.records)} All arms: [arms.png](arms.png).",
     ]
     for claim in claims():
@@ -474,8 +314,8 @@ def commands(results: Results, out: Path) -> list[str]:
     first, second = record["steps"]
     return [
         "python examples/phantom/pretrain_base.py --data phantoms --out phantom-base",
-        "python examples/phantom/train_demo.py --data phantoms --base phantom-base --out demo_model",
-        "python examples/phantom/ablations.py --data phantoms --base phantom-base --reader demo_model \\",
+        "python examples/phantom/teach_base.py --data phantoms --out taught-base",
+        "python examples/phantom/ablations.py --data phantoms --base phantom-base --taught taught-base \\",
         f"    --steps {first} {second} --batch {record['batch']} --out {out.name}",
         f"python examples/phantom/results.py --out {out.name} --write examples/phantom",
     ]
@@ -531,13 +371,14 @@ def not_comparable(results: Results, comparison: Comparison) -> str:
 
 
 def claim_table(results: Results, claim: Claim) -> list[str]:
-    heads = ["Arm", "Seeds", "Parameters", "Closed", "Closed by seed", "Between slices", "Open"]
+    heads = ["Arm", "Seeds", "Parameters", "Closed", "Closed by seed", "Between slices"]
     heads += [claim.difference, "Difference by seed"]
     groups, experts = claim.letter == "f", claim.letter == "c"
     if experts:
         heads.insert(3, "Expert parameters per token")
     heads += ["Group and task", "Group and what is asked"] if groups else []
     lines = [f"| {' | '.join(heads)} |", f"|---|{'---:|' * (len(heads) - 1)}"]
+    between = np.array([question["kind"] == "between_slices" for question in results.questions])
     shown = {comparison.row: comparison for comparison in claim.comparisons}
     plan = {(arm.question, arm.name): arm for arm in arms()}
     plan[WRONG_GROUP] = plan[REFERENCE]
@@ -549,17 +390,13 @@ def claim_table(results: Results, claim: Claim) -> list[str]:
             cells += ["-", *active, "not run yet"]
             lines.append(f"| {' | '.join([*cells, *['-'] * (len(heads) - len(cells))])} |")
             continue
-        mean, interval, per_seed = accuracy(results, arm, seeds, results.closed)
-        between = results.where(lambda question: question["closed"] and question["kind"] == "between_slices")
+        mean, interval, per_seed = accuracy(results, arm, seeds)
         cells += [
             " / ".join(f"{count:,}" for count in sorted({results.runs[arm][seed].parameters for seed in seeds})),
             *active,
             f"{cut_percent(mean)} {interval_text(interval)}",
             spread(per_seed),
-            *(
-                cut_percent(right.mean()) if right.size and not np.isnan(right).any() else "-"
-                for right in (results.right(arm, seeds, chosen) for chosen in (between, ~results.closed))
-            ),
+            cut_percent(float(results.right(arm, seeds)[:, between].mean())) if between.any() else "-",
         ]
         found = difference(results, shown[arm]) if arm in shown else None
         if found is None:
@@ -581,15 +418,14 @@ def seeds_in(results: Results, claim: Claim, arm: tuple[str, str]) -> tuple[int,
 
 
 def group_cells(results: Results, arm: tuple[str, str], seeds: Sequence[int]) -> list[str]:
-    topics = [question["topic"] for question in results.questions]
-    forms = ["vqa_closed" if question["closed"] else "vqa_open" for question in results.questions]
+    topics = [question["template"].split(" ")[0] for question in results.questions]
     by_task, by_topic = [], []
     for run in (results.runs[arm][seed] for seed in seeds):
-        tasks = ["report"] * len(run.report_groups) + forms
-        counts = Counter(tasks)
+        groups = {"vqa_closed": run.groups, **run.other_groups}
+        tasks = [task for task, own in groups.items() for _ in own]
         # Every task counts alike: there are far more questions than reports.
-        weights = [1 / counts[task] for task in tasks]
-        by_task.append(mutual_information(run.report_groups + run.groups, tasks, weights))
+        weights = [1 / len(own) for own in groups.values() for _ in own]
+        by_task.append(mutual_information("".join(groups.values()), tasks, weights))
         by_topic.append(mutual_information(run.groups, topics))
     return [f"{cut_percent(float(np.mean(found)))} ({spread(found)})" for found in (by_task, by_topic)]
 
@@ -626,7 +462,7 @@ def plot_scarcity(results: Results, file: Path, pyplot) -> None:
             arm = ("a", f"{name}, {scans or 'all'} scans")
             points.append([tick, *[np.nan] * 3])  # a gap where nothing was run
             if seeds := sorted(results.runs.get(arm, {})):
-                mean, interval, _ = accuracy(results, arm, seeds, results.closed)
+                mean, interval, _ = accuracy(results, arm, seeds)
                 points[-1][1:] = 100 * mean, 100 * interval[0], 100 * interval[1]
         x, y, low, high = np.array(points).T
         if np.isfinite(y).any():
@@ -669,7 +505,7 @@ def plot_arms(results: Results, file: Path, pyplot) -> None:
             continue
         claimed = any(arm == comparison.better for comparison in claim.comparisons)
         colours.append(COLOURS["reused" if claimed else "other"])
-        mean, (low, high), _ = accuracy(results, arm, seeds, results.closed)
+        mean, (low, high), _ = accuracy(results, arm, seeds)
         axes.hlines(height, 100 * low, 100 * high, color=colours[-1], linewidth=1.6)
         axes.plot(100 * mean, height, "o", color=colours[-1], markersize=5.5)
     axes.set_ylim(len(rows) - 0.4, -0.8)

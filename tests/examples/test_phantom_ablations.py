@@ -14,10 +14,9 @@
 """The arms of the ablations: what each trains, with which learning rates, and on what records agree."""
 
 import argparse
-import copy
+import hashlib
 import json
 import os
-import shutil
 import signal
 import sys
 from collections import Counter
@@ -25,17 +24,17 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 
 from ct_moe import CTMoEForConditionalGeneration, CTMoEProcessor, DataError, TrainingError
 from ct_moe.hub.tiny_base import build_tiny_base
+from ct_moe.trainers.evaluation.answering import Answer
 from ct_moe.trainers.phantoms.data_set import write_phantoms
 from ct_moe.trainers.rows import load_rows
 from ct_moe.trainers.sft_trainer import _rate
 from ct_moe.trainers.stages import part_of_parameters
 
 
-DEMO_MODEL = Path(__file__).parents[2] / "examples" / "demo_model"
 SCANS = ("50 scans", "400 scans", "all scans")
 WITHOUT_GROUPS = (
     "dense, equal total",
@@ -319,42 +318,15 @@ def test_what_is_forgotten(ablations, base, tmp_path, keep_language):
             assert torch.equal(weight, after[name]) == (keep_language and name in language), name
 
 
-def test_the_reader_of_another_model_is_taken_and_nothing_else(ablations, arms, build, base, tmp_path):
-    """The committed demo model has other tokens than the small base of these tests."""
-    model = build(arms["c", "both levels"])
-    assert {arm.question for arm in arms.values() if not arm.reader} == {"a"}
-    assert {arm.question for arm in arms.values() if arm.reader} == set("bcdef")
-    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
-    other = copy.deepcopy(model)
-    with torch.no_grad():
-        for parameter in other.parameters():
-            parameter.normal_()
-    other.save_pretrained(tmp_path)
-    shutil.copy(base / "tokenizer.json", tmp_path)
-    ablations.take_reader(model, tmp_path, base)
-    others = dict(other.named_parameters())
-    parts = part_of_parameters(model)
-    for name, parameter in model.named_parameters():
-        read = parts[name] in ("language_model", "projector", "input_embeddings")
-        torch.testing.assert_close(parameter, others[name] if read else before[name])
-    with pytest.raises(DataError, match="has other tokens than the base"):
-        ablations.take_reader(model, DEMO_MODEL, base)
-    save_file({"lm_head.weight": torch.ones(2, 2)}, tmp_path / "model.safetensors")
-    with pytest.raises(DataError, match="is not as in the base"):
-        ablations.take_reader(model, tmp_path, base)
-    (tmp_path / "model.safetensors").write_bytes(b"none")
-    with pytest.raises(DataError, match="cannot be read"):
-        ablations.take_reader(model, tmp_path, base)
-    (tmp_path / "tokenizer.json").unlink()
-    with pytest.raises(DataError, match="cannot be read"):
-        ablations.take_reader(model, tmp_path, base)
-
-
-def test_a_run_takes_its_reader(ablations, arms, base, data):
-    """Here one that does not fit, which only a run that takes it can find."""
-    args = argparse.Namespace(base=base, reader=DEMO_MODEL, data=data, split="train")
-    with pytest.raises(DataError, match="has other tokens than the base"):
-        ablations.run(arms["c", "both levels"], 0, args)
+def test_arms_start_with_their_base(ablations, arms, base, data, tmp_path):
+    """Of two, one of which is none."""
+    assert {arm.question for arm in arms.values() if not arm.taught} == {"a"}
+    assert {arm.question for arm in arms.values() if arm.taught} == set("bcdef")
+    for letter, name in (("c", "both levels"), ("a", "reused, 50 scans")):
+        folders = {"taught": base, "base": base} | {"taught" if letter == "c" else "base": tmp_path}
+        args = argparse.Namespace(**folders, data=data, split="train")
+        with pytest.raises(DataError, match=r"model\.safetensors: cannot be read"):
+            ablations.run(arms[letter, name], 0, args)
 
 
 # Records ------------------------------------------------------------------------------------------------------------
@@ -363,33 +335,51 @@ def test_a_run_takes_its_reader(ablations, arms, base, data):
 def inputs(folder: Path) -> argparse.Namespace:
     for name in (
         "base/model.safetensors",
-        "reader/model.safetensors",
         "data/train.jsonl",
         "data/test.jsonl",
         "data/validation.jsonl",
     ):
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text(name)
-    return argparse.Namespace(base=folder / "base", reader=folder / "reader", data=folder / "data", split="test")
+    return argparse.Namespace(data=folder / "data", split="test")
 
 
 def test_hashes_are_of_what_was_read(ablations, tmp_path):
     args = inputs(tmp_path)
-    before = ablations.hashes(args)
-    assert set(before) == {"base", "reader", "train", "test", "recipe"}
+    before = ablations.hashes(tmp_path / "base", args)
+    assert set(before) == {"base", "train", "test", "recipe"}
     assert all(len(value) == 16 and int(value, 16) >= 0 for value in before.values())
     (tmp_path / "data" / "test.jsonl").write_text("other")
-    after = ablations.hashes(args)
+    after = ablations.hashes(tmp_path / "base", args)
     assert {name for name in before if before[name] != after[name]} == {"test"}
     args.split = "validation"
-    assert set(ablations.hashes(args)) == {"base", "reader", "train", "validation", "recipe"}
+    assert set(ablations.hashes(tmp_path / "base", args)) == {"base", "train", "validation", "recipe"}
 
 
 def test_a_missing_base_is_named(ablations, tmp_path):
     args = inputs(tmp_path)
     (tmp_path / "base" / "model.safetensors").unlink()
     with pytest.raises(DataError, match=r"model\.safetensors: cannot be read"):
-        ablations.hashes(args)
+        ablations.hashes(tmp_path / "base", args)
+
+
+def test_a_digit_for_every_answer(ablations):
+    asked = [{"choices": ["left", "right"], "answer": "left"}] * 3
+    answers = [Answer("A. left", 2), Answer("B. right", None), Answer("left", 0)]
+    assert ablations.scored(asked, answers) == {"accuracy": 2 / 3, "right": "101", "groups": "2-0"}
+
+
+def test_questions_are_kept_once_and_never_changed(ablations, tmp_path):
+    asked = [{"images": "a.nii.gz", "kind": "organ", "template": "where", "prompt": "Where?", "answer": "left"}]
+    told = ablations.keep_questions(asked, tmp_path / "test")
+    file = tmp_path / "test" / "questions.jsonl"
+    content = file.read_bytes()
+    assert json.loads(content) == {"images": "a.nii.gz", "kind": "organ", "template": "where"}
+    assert hashlib.sha256(content).hexdigest().startswith(told)
+    assert ablations.keep_questions(asked, tmp_path / "test") == told
+    with pytest.raises(DataError, match="has other questions"):
+        ablations.keep_questions(asked * 2, tmp_path / "test")
+    assert file.read_bytes() == content
 
 
 def test_parts_share_no_run_and_leave_none_out(ablations):

@@ -113,7 +113,9 @@ def test_demo_model_is_measured_with_controls_and_a_ceiling(folder, demo_model):
 
 def test_arms_of_the_ablations_run_and_are_not_run_twice(folder, demo_model):
     """Few of them, with one of every claim, since each takes long: the fast tests build and prepare all."""
-    whole = [EXAMPLES / "ablations.py", "--reader", demo_model, "--out", "ablations"]
+    taught = [EXAMPLES / "teach_base.py", "--data", "phantoms", "--model", demo_model, "--layers", "layers"]
+    run(folder, *taught, "--out", "taught-base", "--scans", 2, "--steps", 2, "--batch", 4)
+    whole = [EXAMPLES / "ablations.py", "--out", "ablations"]
     whole += ["--steps", 1, 1, "--batch", 2, "--seeds", 1]
     run(folder, *whole, "--only", "df")
     command = [*whole, "--part", "1/7"]
@@ -134,8 +136,8 @@ def test_arms_of_the_ablations_run_and_are_not_run_twice(folder, demo_model):
         names.append(record["arm"]["name"])
         assert record["steps"] == [1, 1]
         assert record["all_train_scans"] == 6
-        assert ("report_groups" in record) == (record["arm"]["name"] in ("both levels", "label-free routing"))
-        assert len(record.get("report_groups", [0] * 2)) == 2  # scans
+        assert ("other_groups" in record) == (record["arm"]["name"] in ("both levels", "label-free routing"))
+        assert len(record.get("other_groups", {"report": "00"})["report"]) == 2  # scans
     run(folder, EXAMPLES / "results.py", "--out", "ablations", "--write", "results")
     tables = (folder / "results" / "ABLATIONS.md").read_text(encoding="utf-8")
     assert all(name in tables for name in names)

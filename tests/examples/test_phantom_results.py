@@ -13,6 +13,7 @@
 # limitations under the License.
 """The table and plots of the ablations, from hand-made runs whose answers are known."""
 
+import hashlib
 import json
 import subprocess
 import sys
@@ -27,11 +28,17 @@ from ct_moe import CTMoEError, DataError
 FOLDER = Path(__file__).parents[2] / "examples" / "phantom"
 SCANS = 20
 # Per scan: template, kind.
-ASKED = [("count nodule", "between_slices"), ("where nodule", "place"), ("open presence ascites", "presence")]
+ASKED = [("count nodule", "between_slices"), ("where nodule", "place")]
 BOTH = ("c", "both levels")
 TWO, ONE = ("d", "two stages, rows of one task"), ("d", "one stage")
 FREE = ("f", "label-free routing")
-HASHES = {"base": "0a", "reader": "0e", "train": "0b", "test": "0c", "recipe": "0d"}
+HASHES = {"base": "0a", "train": "0b", "test": "0c", "recipe": "0d"}
+QUESTIONS = "".join(
+    json.dumps({"images": f"scan{scan:02}.nii.gz", "kind": kind, "template": template}) + "\n"
+    for scan in range(SCANS)
+    for template, kind in ASKED
+)
+TOLD = hashlib.sha256(QUESTIONS.encode()).hexdigest()[:16]
 
 
 @pytest.fixture(scope="module")
@@ -39,25 +46,20 @@ def results(load_script):
     return load_script("results")
 
 
-def scores(right, group=lambda scan, template: None) -> dict:
+def scores(right, group=lambda scan, template: "-") -> dict:
     """`right` and `group` of (scan's number, template)."""
-    answers = [
-        {
-            "images": f"scan{scan:02}.nii.gz",
-            "kind": kind,
-            "template": template,
-            "prompt": f"{template}?",
-            "completion": "B. x",
-            "answer": "x",
-            "text": "B. x",
-            "group": group(scan, template),
-            "right": bool(right(scan, template)),
-        }
-        for scan in range(SCANS)
-        for template, kind in ASKED
-    ]
-    closed = [answer["right"] for answer in answers if not answer["template"].startswith("open")]
-    return {"answers": answers, "closed": {"accuracy": float(np.mean(closed)), "n": len(closed)}}
+    asked = [(scan, template) for scan in range(SCANS) for template, _ in ASKED]
+    told = [bool(right(*question)) for question in asked]
+    return {
+        "accuracy": sum(told) / len(told),
+        "right": "".join(str(int(is_right)) for is_right in told),
+        "groups": "".join(str(group(*question)) for question in asked),
+    }
+
+
+def others(report: int | str = 0, opened: int | str = 2) -> dict[str, str]:
+    """Groups of reports and open questions, one a scan."""
+    return {"report": SCANS * str(report), "vqa_open": SCANS * str(opened)}
 
 
 def write(out: Path, arm: tuple[str, str], seed: int, right, **more) -> Path:
@@ -68,19 +70,20 @@ def write(out: Path, arm: tuple[str, str], seed: int, right, **more) -> Path:
         "batch": 4,
         "train_scans": 900,
         "all_train_scans": 900,
-        "hashes": HASHES,
+        "hashes": {**HASHES, "questions": TOLD},
         "parameters": 1_234_567,
         "device": "CPU",
         "threads": 2,
         "seconds": 3600.0,
         "seconds_training": 1800.0,
-        "scores": right if isinstance(right, dict) else scores(right),
-        **({"report_groups": [0] * SCANS} if arm in (BOTH, FREE) else {}),
+        "closed": right if isinstance(right, dict) else scores(right),
+        **({"other_groups": others()} if arm in (BOTH, FREE) else {}),
         **more,
     }
     file = out / "test" / f"{arm[0]}_{''.join(c if c.isalnum() else '-' for c in arm[1])}_{seed}.json"
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(record), encoding="utf-8")
+    (file.parent / "questions.jsonl").write_text(QUESTIONS, encoding="utf-8")
     return file
 
 
@@ -106,10 +109,8 @@ def sentence_of(text: str, letter: str) -> str:
 @pytest.fixture
 def two_seeds(tmp_path) -> Path:
     """Two stages are right in 3 of 4 scans with seed 0, 4 of 4 with seed 1; one stage in 1 of 4 and 2 of 4."""
-    wrong = scores(share(1, 4))
-    wrong["answers"] = [answer for answer in wrong["answers"] if not answer["template"].startswith("open")]
     for seed, right in enumerate((share(3, 4), share(4, 4))):
-        write(tmp_path, BOTH, seed, right, wrong_group=wrong)
+        write(tmp_path, BOTH, seed, right, wrong_group=scores(share(1, 4)))
         write(tmp_path, TWO, seed, right)
     write(tmp_path, ONE, 0, share(1, 4))
     write(tmp_path, ONE, 1, share(2, 4))
@@ -118,11 +119,11 @@ def two_seeds(tmp_path) -> Path:
 
 def test_means_are_over_seeds(results, two_seeds):
     text = results.table(results.read_runs(two_seeds), two_seeds)
-    name, seeds, parameters, closed, by_seed, between, opened, *_ = row_of(text, *TWO)
+    name, seeds, parameters, closed, by_seed, between, *_ = row_of(text, *TWO)
     assert (name, seeds, parameters) == (TWO[1], "2 of 5", "1,234,567")
     assert closed.startswith("87.5 [")
     assert by_seed == "75.0 to 100.0"
-    assert (between, opened) == ("87.5", "87.5")
+    assert between == "87.5"
 
 
 def test_a_record_that_is_being_written_is_not_read(results, two_seeds):
@@ -133,18 +134,18 @@ def test_a_record_that_is_being_written_is_not_read(results, two_seeds):
 
 def test_the_interval_is_that_of_scans(results, two_seeds):
     read = results.read_runs(two_seeds)
-    mean, interval, per_seed = results.accuracy(read, BOTH, [0, 1], read.closed)
+    mean, interval, per_seed = results.accuracy(read, BOTH, [0, 1])
     per_scan = [1.0 if scan % 4 < 3 else 0.5 for scan in range(SCANS)]
     assert mean == pytest.approx(0.875)
     assert per_seed == pytest.approx([0.75, 1.0])
     assert interval == pytest.approx(results.bootstrap_interval(per_scan))
 
 
-def test_kinds_and_open_questions_are_apart(results, tmp_path):
-    write(tmp_path, BOTH, 0, lambda scan, template: {"c": True, "w": scan % 2, "o": False}[template[0]])
+def test_questions_between_slices_are_apart(results, tmp_path):
+    write(tmp_path, BOTH, 0, lambda scan, template: template[0] == "c" or scan % 2)
     cells = row_of(results.table(results.read_runs(tmp_path), tmp_path), "f", "both levels")
     assert cells[3].startswith("75.0 [")
-    assert cells[5:7] == ["100.0", "0.0"]
+    assert cells[5] == "100.0"
 
 
 def test_differences_are_paired_by_seed_and_question(results, two_seeds):
@@ -159,8 +160,8 @@ def test_differences_are_paired_by_seed_and_question(results, two_seeds):
     assert found.interval == pytest.approx(results.bootstrap_interval(gain))
     assert found.verdict == "holds"
     text = results.table(read, two_seeds)
-    assert row_of(text, "d", "one stage")[7].startswith("+50.0 [")
-    assert row_of(text, "d", "one stage")[8] == "+50.0 to +50.0"
+    assert row_of(text, "d", "one stage")[6].startswith("+50.0 [")
+    assert row_of(text, "d", "one stage")[7] == "+50.0 to +50.0"
     assert ": **holds**, so far (2 of 5 seeds)." in sentence_of(text, "d")
 
 
@@ -210,7 +211,7 @@ def test_seeds_that_disagree_are_told(results, tmp_path):
         write(tmp_path, ONE, seed, share(worse, 4))
     text = results.table(results.read_runs(tmp_path), tmp_path)
     assert "**holds**, though not with every seed, so far (2 of 5 seeds)" in sentence_of(text, "d")
-    assert row_of(text, "d", "one stage")[8] == "-25.0 to +100.0"
+    assert row_of(text, "d", "one stage")[7] == "-25.0 to +100.0"
 
 
 def test_volume_layers_are_compared_at_the_same_pz(results):
@@ -232,8 +233,8 @@ def test_no_arm_is_left_out(results, two_seeds):
             assert cells[1] == f"0 of {arm.seeds}"
             assert cells[4 if arm.question == "c" else 3] == "not run yet"
     assert row_of(text, "c", "both levels, wrong group forced")[1] == "2 of 5"
-    assert row_of(text, "c", "both levels, wrong group forced")[8].startswith("+62.5 [")
-    assert row_of(text, "c", "both levels, wrong group forced")[6:8] == ["25.0", "-"]  # it is asked no open questions
+    assert row_of(text, "c", "both levels, wrong group forced")[6] == "25.0"
+    assert row_of(text, "c", "both levels, wrong group forced")[7].startswith("+62.5 [")
     assert row_of(text, "f", "both levels")[1] == "2 of 3"  # seeds 0 to 2
     assert "50 scans: not run yet" in sentence_of(text, "a")
 
@@ -287,11 +288,11 @@ def test_time_by_device(results, two_seeds):
 def test_the_commands_are_whole(results, two_seeds):
     text = results.table(results.read_runs(two_seeds), two_seeds)
     commands = text.split("```bash\n")[1].split("\n```")[0].replace("\\\n", " ")
-    base, demo, ablations, tables = [" ".join(line.split()) for line in commands.splitlines()]
+    base, taught, ablations, tables = [" ".join(line.split()) for line in commands.splitlines()]
     assert base == "python examples/phantom/pretrain_base.py --data phantoms --out phantom-base"
-    assert demo == "python examples/phantom/train_demo.py --data phantoms --base phantom-base --out demo_model"
+    assert taught == "python examples/phantom/teach_base.py --data phantoms --out taught-base"
     assert ablations == (
-        "python examples/phantom/ablations.py --data phantoms --base phantom-base --reader demo_model "
+        "python examples/phantom/ablations.py --data phantoms --base phantom-base --taught taught-base "
         f"--steps 2 1 --batch 4 --out {two_seeds.name}"
     )
     assert tables == f"python examples/phantom/results.py --out {two_seeds.name} --write examples/phantom"
@@ -313,17 +314,19 @@ def test_mutual_information(results):
 
 def test_groups_of_the_prompt(results, tmp_path):
     right = share(3, 4)
-    write(tmp_path, BOTH, 0, scores(right, lambda scan, template: 2 if template.startswith("open") else 1))
-    half = [scan % 2 for scan in range(SCANS)]
-    write(tmp_path, FREE, 0, scores(right, lambda scan, template: scan % 2), report_groups=half)
+    write(tmp_path, BOTH, 0, scores(right, lambda scan, template: 1))
+    half = "01" * (SCANS // 2)
+    free = scores(right, lambda scan, template: scan % 2)
+    write(tmp_path, FREE, 0, free, other_groups={"report": half, "vqa_open": half})
     text = results.table(results.read_runs(tmp_path), tmp_path)
     assert row_of(text, "f", "both levels")[-2] == "100.0 (100.0 to 100.0)"
     assert row_of(text, "f", "label-free routing")[-2:] == ["0.0 (0.0 to 0.0)"] * 2
 
 
-def test_reports_are_a_task_like_the_others(results, tmp_path):
+def test_every_task_counts_alike(results, tmp_path):
     """Closed and open questions share a group, reports have their own: what that tells of three equal tasks."""
-    write(tmp_path, BOTH, 0, scores(share(3, 4), lambda scan, template: 1), report_groups=[0] * SCANS)
+    scored = scores(share(3, 4), lambda scan, template: 1)
+    write(tmp_path, BOTH, 0, scored, other_groups={"report": "0", "vqa_open": SCANS * "1"})
     text = results.table(results.read_runs(tmp_path), tmp_path)
     shared = -(1 / 3) * np.log(1 / 3) - (2 / 3) * np.log(2 / 3)  # the groups' entropy, all of it told by the task
     percent = int(1000 * 2 * shared / (shared + np.log(3))) / 10
@@ -410,21 +413,23 @@ def change(record: dict, **more) -> dict:
         (lambda record: json.dumps(change(record, batch=16)), "rows per step: 16, but 4 in"),
         *(
             (
-                lambda record, name=name: json.dumps(change(record, hashes={**HASHES, name: "ff"})),
-                f"hash of {name}: ff, but {HASHES[name]} in",
+                lambda record, name=name: json.dumps(change(record, hashes={**record["hashes"], name: "ff"})),
+                f"hash of {'taught ' * (name == 'base')}{name}: ff, but {HASHES[name]} in",
             )
             for name in HASHES
         ),
-        (lambda record: json.dumps({key: value for key, value in record.items() if key != "hashes"}), "KeyError"),
         (
-            lambda record: json.dumps(
-                change(record, scores=change(record["scores"], answers=record["scores"]["answers"][3:]))
-            ),
+            lambda record: json.dumps(change(record, hashes={**record["hashes"], "questions": "ff"})),
             "answers other questions",
         ),
+        (lambda record: json.dumps({key: value for key, value in record.items() if key != "hashes"}), "KeyError"),
         (
-            lambda record: json.dumps(change(record, scores=change(record["scores"], closed={"accuracy": 0.1}))),
-            "its scores say 0.1000",
+            lambda record: json.dumps(change(record, closed=change(record["closed"], right="101"))),
+            "has 3 answers and 40 groups for 40 questions",
+        ),
+        (
+            lambda record: json.dumps(change(record, closed=change(record["closed"], accuracy=0.1))),
+            "it says 0.1000",
         ),
     ],
 )
@@ -434,6 +439,23 @@ def test_runs_that_cannot_be_compared(results, two_seeds, broken, words):
     with pytest.raises(DataError, match=words) as error:
         results.read_runs(two_seeds)
     assert error.value.subject == file.name
+
+
+def test_arms_of_reuse_have_a_base_of_their_own(results, two_seeds):
+    for name, base in (("reused", "1a"), ("from scratch", "2a")):
+        write(
+            two_seeds, ("a", f"{name}, 50 scans"), 0, share(1, 4), hashes={**HASHES, "questions": TOLD, "base": base}
+        )
+        if base == "1a":
+            assert len(results.read_runs(two_seeds).records) == 7
+    with pytest.raises(DataError, match="hash of pretrained base: 1a, but 2a in"):
+        results.read_runs(two_seeds)
+
+
+def test_records_without_their_questions(results, two_seeds):
+    (two_seeds / "test" / "questions.jsonl").unlink()
+    with pytest.raises(DataError, match="It lies beside the records"):
+        results.read_runs(two_seeds)
 
 
 @pytest.mark.slow

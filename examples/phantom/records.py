@@ -1,0 +1,165 @@
+# Copyright 2026 The CT-MoE authors. All rights reserved.
+#
+# Licensed under the Apache License, Version 2.0 (the "License");
+# you may not use this file except in compliance with the License.
+# You may obtain a copy of the License at
+#
+#     http://www.apache.org/licenses/LICENSE-2.0
+#
+# Unless required by applicable law or agreed to in writing, software
+# distributed under the License is distributed on an "AS IS" BASIS,
+# WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
+# See the License for the specific language governing permissions and
+# limitations under the License.
+"""What ablations.py wrote, read and checked: `read_runs`."""
+
+import hashlib
+import json
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from ablations import TASKS, arms
+
+from ct_moe import DataError
+
+
+REFERENCE = ("c", "both levels")
+WRONG_GROUP = ("c", "both levels, wrong group forced")
+KEPT = ("steps", "batch", "train_scans", "all_train_scans", "device", "threads", "seconds", "seconds_training")
+
+
+@dataclass
+class Run:
+    """One run: a value per question, in the order of `Results.questions`.
+
+    Attributes:
+        parameters: of the whole model.
+        right: 1 or 0.
+        groups: a digit per question, the index of the expert group; `-` without groups.
+        other_groups: the same of reports and open questions, where they were noted.
+    """
+
+    parameters: int
+    right: np.ndarray
+    groups: str
+    other_groups: dict[str, str]
+
+
+@dataclass
+class Results:
+    """All runs, by arm and seed.
+
+    Attributes:
+        records: as read, once each, without the scores: what was trained on what, and for how long.
+        questions: of each, `images`, `kind` and `template`.
+        runs: by arm, a letter and a name, and seed.
+        planned: seeds of each arm.
+    """
+
+    records: list[dict[str, Any]]
+    questions: list[dict[str, str]]
+    runs: dict[tuple[str, str], dict[int, Run]]
+    planned: dict[tuple[str, str], int]
+
+    @property
+    def all_scans(self) -> int:
+        """How many training scans all of them are."""
+        return self.records[0]["all_train_scans"]
+
+    @property
+    def scans(self) -> list[str]:
+        """Of each question."""
+        return [question["images"] for question in self.questions]
+
+    def right(self, arm: tuple[str, str], seeds: Sequence[int]) -> np.ndarray:
+        """(seeds, questions)."""
+        return np.stack([self.runs[arm][seed].right for seed in seeds])
+
+
+def read_runs(out: Path) -> Results:
+    """Raises `DataError` where there is no run, or runs that cannot be compared."""
+    plan = {(arm.question, arm.name): arm for arm in arms()}
+    planned = {name: arm.seeds for name, arm in plan.items()}
+    planned[WRONG_GROUP] = plan[REFERENCE].seeds
+    folder = out / "test"
+    files = sorted(folder.glob("?_*.json"))
+    if not files:
+        raise DataError(str(folder), "no run is there", f"Run: python examples/phantom/ablations.py --out {out}")
+    questions, told = read_questions(folder / "questions.jsonl")
+    results = Results([], questions, {}, planned)
+    common: dict[str, tuple[Any, str]] = {}
+    for file in files:
+        try:
+            record = json.loads(file.read_text(encoding="utf-8"))
+            arm, seed = (record["arm"]["question"], record["arm"]["name"]), record["seed"]
+            scored = {arm: record["closed"]}
+            if "wrong_group" in record:
+                scored[WRONG_GROUP] = record["wrong_group"]
+            results.records.append({name: record[name] for name in KEPT})
+            trained = _same_in_all(record)
+            noted = arm in plan and plan[arm].note_groups
+            other_groups = (
+                {task: record["other_groups"][task] for task in TASKS if task != "vqa_closed"} if noted else {}
+            )
+            runs = {
+                name: Run(
+                    record["parameters"],
+                    np.array([float(right) for right in scores["right"]]),
+                    scores["groups"],
+                    other_groups,
+                )
+                for name, scores in scored.items()
+            }
+            accuracies = {name: scores["accuracy"] for name, scores in scored.items()}
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            finding = f"is no record of a run ({type(error).__name__}: {error})"
+            raise DataError(file.name, finding, "Remove it, and run ablations.py again") from error
+        run = f"({arm[0]}) {arm[1]}, seed {seed},"
+        if arm not in plan or seed not in range(plan[arm].seeds):
+            raise DataError(file.name, f"{run} is not among the runs that ablations.py plans", "Move it elsewhere")
+        if seed in results.runs.get(arm, {}):
+            raise DataError(file.name, f"{run} is there twice", "Keep one of the files")
+        for name, value in trained.items():
+            known, first = common.setdefault(name, (value, file.name))
+            if value != known:
+                remedy = "Arms are compared alike: run all with the same files and settings"
+                raise DataError(file.name, f"{name}: {value}, but {known} in {first}", remedy)
+        if record["hashes"]["questions"] != told:
+            raise DataError(
+                file.name, "answers other questions than questions.jsonl", "Score all runs on the same --data"
+            )
+        for name, own in runs.items():
+            if not len(own.right) == len(own.groups) == len(questions):
+                finding = f"has {len(own.right)} answers and {len(own.groups)} groups for {len(questions)} questions"
+                raise DataError(file.name, finding, "Remove it, and run ablations.py again")
+            if not math.isclose(own.right.mean(), accuracies[name], abs_tol=1e-6):
+                finding = f"its answers give the accuracy {own.right.mean():.4f}, it says {accuracies[name]:.4f}"
+                raise DataError(file.name, finding, "Remove it, and run ablations.py again")
+            results.runs.setdefault(name, {})[seed] = own
+    return results
+
+
+def read_questions(file: Path) -> tuple[list[dict[str, str]], str]:
+    """The questions that the records' digits belong to, and the first digits of the file's SHA-256."""
+    try:
+        content = file.read_bytes()
+        questions = [json.loads(line) for line in content.splitlines()]
+        questions = [{name: row[name] for name in ("images", "kind", "template")} for row in questions]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        finding = f"cannot be read ({type(error).__name__})"
+        raise DataError(str(file), finding, "It lies beside the records: copy it with them") from error
+    return questions, hashlib.sha256(content).hexdigest()[:16]
+
+
+def _same_in_all(record: dict[str, Any]) -> dict[str, Any]:
+    """What runs must have in common, by its name in words."""
+    first, second = record["steps"]
+    found = {"steps of stage 1": first, "steps of stage 2": second, "rows per step": record["batch"]}
+    # `base` is what was forgotten where an arm starts from scratch.
+    base = "pretrained base" if record["arm"]["question"] == "a" else "taught base"
+    found[f"hash of {base}"] = record["hashes"]["base"]
+    return found | {f"hash of {name}": record["hashes"][name] for name in ("train", "test", "recipe")}
