@@ -16,7 +16,8 @@
     pip install "ct-moe[plots]"
     python examples/phantom/results.py --out phantom-ablations --write examples/phantom
 
-Reads OUT/test and writes ABLATIONS.md, scarcity.png and arms.png. What was not run is listed as such.
+Reads OUT/test and writes ABLATIONS.md, arms.png and, with the first run of (a), scarcity.png. What was not run is
+listed as such.
 
 The rule for what the numbers say was set before the first run: a difference between two arms is taken over the same
 questions and the same seeds, in the direction that speaks for the claim, and its 95 % interval is a bootstrap over
@@ -122,13 +123,18 @@ def main() -> None:
 
 
 def write_results(out: Path, folder: Path) -> None:
-    """Read OUT/test and write ABLATIONS.md and both plots into `folder`."""
+    """Read OUT/test and write ABLATIONS.md and the plots into `folder`."""
     results = read_runs(out)
     pyplot = load_pyplot()  # before anything is written
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "ABLATIONS.md").write_text(table(results, out), encoding="utf-8")
-    plot_scarcity(results, folder / "scarcity.png", pyplot)
+    if has_scarcity(results):
+        plot_scarcity(results, folder / "scarcity.png", pyplot)
     plot_arms(results, folder / "arms.png", pyplot)
+
+
+def has_scarcity(results: Results) -> bool:
+    return any(letter == "a" for letter, _ in results.runs)
 
 
 def claims() -> list[Claim]:
@@ -147,7 +153,7 @@ def claims() -> list[Claim]:
             "Reused minus this, same scans",
             own["a"],
             reuse,
-            "Plot: [scarcity.png](scarcity.png). `vision from scratch`: vision tower and projector are drawn anew, "
+            "`vision from scratch`: vision tower and projector are drawn anew, "
             "the language model is kept; `from scratch`: all is drawn anew. All of these start from the 2D base "
             "alone, and everything is trained in both stages, input embeddings too.",
         )
@@ -303,6 +309,8 @@ def table(results: Results, out: Path) -> str:
         lines += ["", f"## ({claim.letter}) {claim.text}", "", sentence(results, claim), ""]
         if claim.note:
             lines += [claim.note, ""]
+        if claim.letter == "a" and has_scarcity(results):
+            lines += ["Plot: [scarcity.png](scarcity.png).", ""]
         lines += claim_table(results, claim)
     lines += ["", "## The commands", "", "```bash", *commands(results, out), "```"]
     return "\n".join(lines) + "\n"
@@ -480,10 +488,7 @@ def plot_scarcity(results: Results, file: Path, pyplot) -> None:
     axes.set_title("Phantoms: reused 2D weights by number of training scans", loc="left", fontsize=12)
     axes.grid(axis="y", color="#dddddd", linewidth=0.7)
     axes.spines[["top", "right"]].set_visible(False)
-    if axes.get_legend_handles_labels()[0]:
-        axes.legend(frameon=False, loc="best", alignment="left", title="mean over seeds, 95 % interval over scans")
-    else:
-        axes.text(0.5, 0.5, "not run yet", transform=axes.transAxes, ha="center", color=COLOURS["missing"])
+    axes.legend(frameon=False, loc="best", alignment="left", title="mean over seeds, 95 % interval over scans")
     _save(figure, file, pyplot)
 
 

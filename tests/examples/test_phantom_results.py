@@ -357,6 +357,7 @@ def test_everything_is_written(results, two_seeds, tmp_path):
         "arms.png",
         "scarcity.png",
     ]
+    assert "[scarcity.png](scarcity.png)" in (tmp_path / "written" / "ABLATIONS.md").read_text(encoding="utf-8")
     for name in ("arms.png", "scarcity.png"):
         data = (tmp_path / "written" / name).read_bytes()
         assert data[:8] == b"\x89PNG\r\n\x1a\n"
@@ -377,6 +378,12 @@ def test_three_curves_over_the_scans_of_the_records(results, two_seeds, tmp_path
     assert [list(line.get_xdata()) for line in axes.lines] == [[50, 400, 900]] * 3
     assert len({line.get_color() for line in axes.lines}) == 3
     pyplot.close(drawn[0])
+
+
+def test_no_plot_without_its_runs(results, two_seeds, tmp_path):
+    results.write_results(two_seeds, tmp_path / "written")
+    assert sorted(file.name for file in (tmp_path / "written").iterdir()) == ["ABLATIONS.md", "arms.png"]
+    assert "scarcity.png" not in (tmp_path / "written" / "ABLATIONS.md").read_text(encoding="utf-8")
 
 
 def test_no_run(results, tmp_path):
