@@ -78,8 +78,9 @@ GROUPS = 1 + len(TASKS)
 DENSE = {"moe_layers": []}
 ALL_SLICES = SLICES["max_slices"]  # pz = all
 STEPS = (40, 20)  # of stage 1 and stage 2: two runs at a time end in four minutes, one on each core
+REUSE_STEPS = (100, 20)  # of the arms of (a), which have more to learn
 BATCH = 4  # rows per step; all else as in the recipe of the demo model
-SCARCITY = (50, 400, None)  # training scans; None for all
+SCARCITY = (15, 60, 480)  # training scans of (a): of the last, every row has its own
 REUSE = {"reused": "nothing", "vision from scratch": "vision", "from scratch": "everything"}
 RECIPE = Path(__file__).with_name("recipe.yaml")
 SCORED_SCANS = 144
@@ -96,6 +97,7 @@ class Arm:
         name: of the arm.
         seeds: how many runs.
         convert: settings of the conversion, in place of those of the demo model.
+        steps: of stage 1 and stage 2.
         scans: training scans; `None` for all.
         taught: start with the taught base; otherwise with the pretrained one.
         forgotten: pretrained weights that are drawn anew: "nothing", "vision" (tower and projector) or "everything".
@@ -115,6 +117,7 @@ class Arm:
     name: str
     seeds: int = 3
     convert: dict[str, Any] = field(default_factory=dict)
+    steps: tuple[int, int] = STEPS
     scans: int | None = None
     taught: bool = True
     forgotten: str = "nothing"
@@ -161,7 +164,8 @@ def arms() -> list[Arm]:
             found.append(
                 Arm(
                     "a",
-                    f"{name}, {scans or 'all'} scans",
+                    f"{name}, {scans} scans",
+                    steps=REUSE_STEPS,
                     scans=scans,
                     taught=False,
                     forgotten=forgotten,
@@ -229,7 +233,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=5, help="at most so many seeds of every arm")
     parser.add_argument("--part", default="1/1", help="I/N: every N-th run, from the I-th")
     parser.add_argument("--split", default="test", choices=["validation", "test"])
-    parser.add_argument("--steps", type=int, nargs=2, default=STEPS, help="of stage 1 and stage 2")
+    parser.add_argument("--steps", type=int, nargs=2, help="of stage 1 and stage 2, in place of those of the arm")
     parser.add_argument("--batch", type=int, default=BATCH, help="rows per step")
     parser.add_argument("--list", action="store_true", help="show all runs and which are done")
     args = parser.parse_args()
@@ -283,8 +287,12 @@ def run(arm: Arm, seed: int, args: argparse.Namespace) -> dict[str, Any]:
     """Convert, train both stages, score."""
     started = time.monotonic()
     cuda = torch.cuda.is_available()
+    args = argparse.Namespace(**{**vars(args), "steps": args.steps or arm.steps})
     base = args.taught if arm.taught else args.base
-    files = hashes(base, args)  # of what is read, not of what is there at the end
+    rows, _ = read_split(args.data, args.split, SCORED_SCANS)
+    asked = [row for row in rows if row["task"] == "vqa_closed"]
+    # Of what is read, not of what is there at the end.
+    files = hashes(base, args) | {"questions": keep_questions(asked, args.out / args.split)}
     torch.manual_seed(seed)
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary) / "model"
@@ -304,7 +312,6 @@ def run(arm: Arm, seed: int, args: argparse.Namespace) -> dict[str, Any]:
         scans = train(model, processor, arm, seed, args, Path(temporary))
     trained = time.monotonic()
     model.to("cuda" if cuda else "cpu")
-    rows, _ = read_split(args.data, args.split, SCORED_SCANS)
     how = {
         "folder": args.data,
         "volume_cache": VolumeCache(args.data / "slices", processor.image_processor),
@@ -317,14 +324,13 @@ def run(arm: Arm, seed: int, args: argparse.Namespace) -> dict[str, Any]:
             return TASKS[scan_hash(row["images"])]
         return row["task"] if arm.task_embedding else None
 
-    asked = [row for row in rows if row["task"] == "vqa_closed"]
     record = {
         "arm": {"question": arm.question, "name": arm.name},
         "seed": seed,
         "steps": list(args.steps),
         "batch": args.batch,
         **scans,
-        "hashes": files | {"questions": keep_questions(asked, args.out / args.split)},
+        "hashes": files,
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "device": torch.cuda.get_device_name() if cuda else "CPU",
         "threads": torch.get_num_threads(),

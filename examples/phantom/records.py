@@ -29,7 +29,7 @@ from ct_moe import DataError
 
 REFERENCE = ("c", "both levels")
 WRONG_GROUP = ("c", "both levels, wrong group forced")
-KEPT = ("steps", "batch", "train_scans", "all_train_scans", "device", "threads", "seconds", "seconds_training")
+KEPT = ("arm", "steps", "batch", "device", "threads", "seconds", "seconds_training")
 
 
 @dataclass
@@ -64,11 +64,6 @@ class Results:
     questions: list[dict[str, str]]
     runs: dict[tuple[str, str], dict[int, Run]]
     planned: dict[tuple[str, str], int]
-
-    @property
-    def all_scans(self) -> int:
-        """How many training scans all of them are."""
-        return self.records[0]["all_train_scans"]
 
     @property
     def scans(self) -> list[str]:
@@ -158,8 +153,8 @@ def read_questions(file: Path) -> tuple[list[dict[str, str]], str]:
 def _same_in_all(record: dict[str, Any]) -> dict[str, Any]:
     """What runs must have in common, by its name in words."""
     first, second = record["steps"]
-    found = {"steps of stage 1": first, "steps of stage 2": second, "rows per step": record["batch"]}
-    # `base` is what was forgotten where an arm starts from scratch.
-    base = "pretrained base" if record["arm"]["question"] == "a" else "taught base"
-    found[f"hash of {base}"] = record["hashes"]["base"]
+    # The arms of (a) are compared among themselves. `base` is what was forgotten where one starts from scratch.
+    group, base = (" in (a)", "pretrained") if record["arm"]["question"] == "a" else ("", "taught")
+    found = {f"steps of stage 1{group}": first, f"steps of stage 2{group}": second, "rows per step": record["batch"]}
+    found[f"hash of {base} base"] = record["hashes"]["base"]
     return found | {f"hash of {name}": record["hashes"][name] for name in ("train", "test", "recipe")}

@@ -143,7 +143,7 @@ def claims() -> list[Claim]:
     found = []
 
     reuse = []
-    for scans in (f"{number or 'all'} scans" for number in SCARCITY):
+    for scans in (f"{number} scans" for number in SCARCITY):
         reused, *others = (("a", f"{name}, {scans}") for name in REUSE)
         reuse += [Comparison(reused, other, row=other, label=f"minus {other[1]}") for other in others]
     found.append(
@@ -318,20 +318,19 @@ def table(results: Results, out: Path) -> str:
 
 def commands(results: Results, out: Path) -> list[str]:
     """How to get these runs again; folders are named, not where they lie on this machine."""
-    record = results.records[0]
-    first, second = record["steps"]
     return [
         "python examples/phantom/pretrain_base.py --data phantoms --out phantom-base",
         "python examples/phantom/teach_base.py --data phantoms --out taught-base",
         "python examples/phantom/ablations.py --data phantoms --base phantom-base --taught taught-base \\",
-        f"    --steps {first} {second} --batch {record['batch']} --out {out.name}",
+        f"    --out {out.name}",
         f"python examples/phantom/results.py --out {out.name} --write examples/phantom",
     ]
 
 
 def time_spent(records: list[dict[str, Any]]) -> str:
-    first, second = records[0]["steps"]
-    text = f"{counted(len(records), 'run')} of {first} + {second} steps with {records[0]['batch']} rows each took"
+    steps = {record["arm"]["question"] == "a": record["steps"] for record in records}
+    told = " and ".join(f"{a} + {b} steps{' in (a)' * is_reuse}" for is_reuse, (a, b) in sorted(steps.items()))
+    text = f"{counted(len(records), 'run')} of {told}, with {records[0]['batch']} rows in each, took"
     devices: dict[tuple[str, int], list[dict[str, Any]]] = {}
     for record in records:
         devices.setdefault((record["device"], record["threads"]), []).append(record)
@@ -462,13 +461,11 @@ def load_pyplot():
 def plot_scarcity(results: Results, file: Path, pyplot) -> None:
     """Accuracy by the number of training scans."""
     figure, axes = pyplot.subplots(figsize=(8.4, 4.8), layout="constrained")
-    # As many as there are, where a data set has fewer.
-    ticks = [min(scans or results.all_scans, results.all_scans) for scans in SCARCITY]
     for name in REUSE:
         points = []
-        for scans, tick in zip(SCARCITY, ticks):
-            arm = ("a", f"{name}, {scans or 'all'} scans")
-            points.append([tick, *[np.nan] * 3])  # a gap where nothing was run
+        for scans in SCARCITY:
+            arm = ("a", f"{name}, {scans} scans")
+            points.append([scans, *[np.nan] * 3])  # a gap where nothing was run
             if seeds := sorted(results.runs.get(arm, {})):
                 mean, interval, _ = accuracy(results, arm, seeds)
                 points[-1][1:] = 100 * mean, 100 * interval[0], 100 * interval[1]
@@ -480,9 +477,9 @@ def plot_scarcity(results: Results, file: Path, pyplot) -> None:
             axes.vlines(x, low, high, color=COLOURS[name], alpha=0.5, linewidth=1.2)
             axes.plot(x, y, marker="o", color=COLOURS[name], label=label)
     axes.set_xscale("log")
-    axes.set_xticks(ticks, [str(scans) for scans in ticks])
+    axes.set_xticks(SCARCITY, [str(scans) for scans in SCARCITY])
     axes.set_xticks([], minor=True)
-    axes.set_xlim(ticks[0] / 1.25, ticks[-1] * 1.25)
+    axes.set_xlim(SCARCITY[0] / 1.25, SCARCITY[-1] * 1.25)
     axes.set_xlabel("training scans (log scale)")
     axes.set_ylabel("accuracy on closed questions, %")
     axes.set_title("Phantoms: reused 2D weights by number of training scans", loc="left", fontsize=12)

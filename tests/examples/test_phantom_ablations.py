@@ -35,7 +35,7 @@ from ct_moe.trainers.sft_trainer import _rate
 from ct_moe.trainers.stages import part_of_parameters
 
 
-SCANS = ("50 scans", "400 scans", "all scans")
+SCANS = (15, 60, 480)
 WITHOUT_GROUPS = (
     "dense, equal total",
     "dense, equal active",
@@ -112,21 +112,23 @@ def names(model) -> set[str]:
 def test_runs(ablations, arms):
     assert len(arms) == len(ablations.arms())
     assert sum(arm.seeds for arm in arms.values()) == 114
-    for scans, count in zip(SCANS, (50, 400, None)):
+    for scans in SCANS:
         for name, forgotten in (
             ("reused", "nothing"),
             ("vision from scratch", "vision"),
             ("from scratch", "everything"),
         ):
-            arm = arms["a", f"{name}, {scans}"]
-            assert (arm.scans, arm.forgotten, arm.seeds) == (count, forgotten, 3)
+            arm = arms["a", f"{name}, {scans} scans"]
+            assert (arm.scans, arm.forgotten, arm.seeds) == (scans, forgotten, 3)
+            assert sum(arm.steps) * ablations.BATCH == SCANS[-1]
+    assert len({arm.steps for (letter, _), arm in arms.items() if letter != "a"}) == 1
     assert ablations.arms()[0].name == "both levels"
 
 
 @pytest.mark.parametrize("name", ["reused", "vision from scratch", "from scratch"])
 def test_arms_of_reuse_train_everything(arms, stages, name):
     """Parameter by parameter: frozen random weights would be no training from scratch."""
-    (model, first, rates), (_, second, later) = stages(arms["a", f"{name}, 50 scans"])
+    (model, first, rates), (_, second, later) = stages(arms["a", f"{name}, 15 scans"])
     frozen = names(model) - set(rates)
     # In stage 1 the task groups are off, as in every arm; their experts are rows of tensors that are trained.
     assert {frozen_name for frozen_name in frozen if ".group_router." not in frozen_name} == set()
@@ -140,7 +142,7 @@ def test_arms_of_reuse_have_the_same_learning_rates(arms, stages):
     found = [
         [rates for _, _, rates in stages(arms["a", f"{name}, {scans}"])]
         for name in ("reused", "vision from scratch", "from scratch")
-        for scans in ("50 scans", "all scans")
+        for scans in ("15 scans", "480 scans")
     ]
     assert all(rates == found[0] for rates in found)
 
@@ -178,12 +180,11 @@ def test_one_stage_trains_what_two_stages_train_with_the_same_rates(arms, stages
     assert whole.train_task_groups == whole.train_shared_group == "full"
 
 
-def test_every_arm_has_the_same_budget(arms, stages):
-    for (letter, _), arm in arms.items():
-        if letter in "cd" or arm.scans is None:
-            found = [stage for _, stage, _ in stages(arm)]
-            assert sum(stage.max_steps for stage in found) == 3
-            assert {stage.per_device_train_batch_size for stage in found} == {4}
+def test_every_arm_has_the_budget_that_it_is_given(arms, stages):
+    for arm in arms.values():
+        found = [stage for _, stage, _ in stages(arm)]
+        assert sum(stage.max_steps for stage in found) == 3
+        assert {stage.per_device_train_batch_size for stage in found} == {4}
 
 
 @pytest.fixture(scope="module")
@@ -322,9 +323,9 @@ def test_arms_start_with_their_base(ablations, arms, base, data, tmp_path):
     """Of two, one of which is none."""
     assert {arm.question for arm in arms.values() if not arm.taught} == {"a"}
     assert {arm.question for arm in arms.values() if arm.taught} == set("bcdef")
-    for letter, name in (("c", "both levels"), ("a", "reused, 50 scans")):
+    for letter, name in (("c", "both levels"), ("a", "reused, 15 scans")):
         folders = {"taught": base, "base": base} | {"taught" if letter == "c" else "base": tmp_path}
-        args = argparse.Namespace(**folders, data=data, split="train")
+        args = argparse.Namespace(**folders, data=data, split="train", steps=None)
         with pytest.raises(DataError, match=r"model\.safetensors: cannot be read"):
             ablations.run(arms[letter, name], 0, args)
 

@@ -193,15 +193,15 @@ def test_the_sign_speaks_for_the_claim(results, tmp_path):
     write(tmp_path, ("e", "mean pooling"), 0, share(3, 4))
     write(tmp_path, ("e", "TG-IS, published"), 0, share(1, 4))
     write(tmp_path, ("f", "label-free routing"), 0, share(1, 4))
-    write(tmp_path, ("a", "reused, 50 scans"), 0, share(3, 4))
-    write(tmp_path, ("a", "from scratch, 50 scans"), 0, share(1, 4))
-    write(tmp_path, ("a", "vision from scratch, 50 scans"), 0, share(4, 4))
+    write(tmp_path, ("a", "reused, 15 scans"), 0, share(3, 4))
+    write(tmp_path, ("a", "from scratch, 15 scans"), 0, share(1, 4))
+    write(tmp_path, ("a", "vision from scratch, 15 scans"), 0, share(4, 4))
     text = results.table(results.read_runs(tmp_path), tmp_path)
     assert "TG-IS, published, minus mean pooling: difference -50.0 [" in sentence_of(text, "e")
     assert "does not hold in 1, not run yet in 1 of 2" in sentence_of(text, "e")
     assert "**holds**" in sentence_of(text, "f")
-    assert "minus from scratch, 50 scans: difference +50.0 [" in sentence_of(text, "a")
-    assert "minus vision from scratch, 50 scans: difference -25.0 [" in sentence_of(text, "a")
+    assert "minus from scratch, 15 scans: difference +50.0 [" in sentence_of(text, "a")
+    assert "minus vision from scratch, 15 scans: difference -25.0 [" in sentence_of(text, "a")
     assert "holds in 1, does not hold in 1, not run yet in 4 of 6" in sentence_of(text, "a")
 
 
@@ -236,13 +236,13 @@ def test_no_arm_is_left_out(results, two_seeds):
     assert row_of(text, "c", "both levels, wrong group forced")[6] == "25.0"
     assert row_of(text, "c", "both levels, wrong group forced")[7].startswith("+62.5 [")
     assert row_of(text, "f", "both levels")[1] == "2 of 3"  # seeds 0 to 2
-    assert "50 scans: not run yet" in sentence_of(text, "a")
+    assert "15 scans: not run yet" in sentence_of(text, "a")
 
 
 def test_every_scan_count_is_compared_with_both_kinds_of_scratch(results):
     found = next(claim for claim in results.claims() if claim.letter == "a").comparisons
     pairs = [(comparison.better[1], comparison.worse[1]) for comparison in found]
-    counts = ("50 scans", "400 scans", "all scans")
+    counts = ("15 scans", "60 scans", "480 scans")
     names = ("vision from scratch", "from scratch")
     assert pairs == [(f"reused, {count}", f"{name}, {count}") for count in counts for name in names]
     assert all(comparison.judged for comparison in found)
@@ -279,7 +279,7 @@ def test_arms_without_a_seed_in_common(results, two_seeds):
 def test_time_by_device(results, two_seeds):
     write(two_seeds, FREE, 0, share(1, 4), device="NVIDIA X", threads=8, seconds=1000.0, seconds_training=700.0)
     text = results.table(results.read_runs(two_seeds), two_seeds)
-    assert "7 runs of 2 + 1 steps with 4 rows each took 6.0 h of machine time, 3.0 h of it for training" in text
+    assert "7 runs of 2 + 1 steps, with 4 rows in each, took 6.0 h of machine time, 3.0 h of it for training" in text
     assert "(6 runs on CPU, 2 threads)" in text
     # 0.277 and 0.194 h.
     assert "; 0.2 h of machine time, 0.1 h of it for training (1 run on NVIDIA X, 8 threads)." in text
@@ -293,7 +293,7 @@ def test_the_commands_are_whole(results, two_seeds):
     assert taught == "python examples/phantom/teach_base.py --data phantoms --out taught-base"
     assert ablations == (
         "python examples/phantom/ablations.py --data phantoms --base phantom-base --taught taught-base "
-        f"--steps 2 1 --batch 4 --out {two_seeds.name}"
+        f"--out {two_seeds.name}"
     )
     assert tables == f"python examples/phantom/results.py --out {two_seeds.name} --write examples/phantom"
     assert str(two_seeds) not in text
@@ -347,7 +347,7 @@ def test_numbers_of_the_table_are_cut_not_rounded(results, tmp_path):
 
 
 def test_everything_is_written(results, two_seeds, tmp_path):
-    for scans in (50, 400):
+    for scans in (15, 60):
         for seed in range(2):
             for name in ("reused", "vision from scratch"):
                 write(two_seeds, ("a", f"{name}, {scans} scans"), seed, share(3, 4), train_scans=scans)
@@ -364,9 +364,9 @@ def test_everything_is_written(results, two_seeds, tmp_path):
         assert 800 <= int.from_bytes(data[16:20]) <= 1000  # width
 
 
-def test_three_curves_over_the_scans_of_the_records(results, two_seeds, tmp_path):
+def test_three_curves_over_the_number_of_scans(results, two_seeds, tmp_path):
     for name in ("reused", "vision from scratch", "from scratch"):
-        for scans in ("50", "400", "all"):
+        for scans in (15, 60, 480):
             write(two_seeds, ("a", f"{name}, {scans} scans"), 0, share(3, 4))
     pyplot, drawn = results.load_pyplot(), []
     with pytest.MonkeyPatch.context() as patch:
@@ -375,7 +375,7 @@ def test_three_curves_over_the_scans_of_the_records(results, two_seeds, tmp_path
     (axes,) = drawn[0].axes
     labels = [text.get_text() for text in axes.get_legend().get_texts()]
     assert labels == ["2D weights reused", "vision from scratch", "from scratch"]
-    assert [list(line.get_xdata()) for line in axes.lines] == [[50, 400, 900]] * 3
+    assert [list(line.get_xdata()) for line in axes.lines] == [[15, 60, 480]] * 3
     assert len({line.get_color() for line in axes.lines}) == 3
     pyplot.close(drawn[0])
 
@@ -451,11 +451,20 @@ def test_runs_that_cannot_be_compared(results, two_seeds, broken, words):
 def test_arms_of_reuse_have_a_base_of_their_own(results, two_seeds):
     for name, base in (("reused", "1a"), ("from scratch", "2a")):
         write(
-            two_seeds, ("a", f"{name}, 50 scans"), 0, share(1, 4), hashes={**HASHES, "questions": TOLD, "base": base}
+            two_seeds, ("a", f"{name}, 15 scans"), 0, share(1, 4), hashes={**HASHES, "questions": TOLD, "base": base}
         )
         if base == "1a":
             assert len(results.read_runs(two_seeds).records) == 7
     with pytest.raises(DataError, match="hash of pretrained base: 1a, but 2a in"):
+        results.read_runs(two_seeds)
+
+
+def test_arms_of_reuse_have_steps_of_their_own(results, two_seeds):
+    write(two_seeds, ("a", "reused, 15 scans"), 0, share(1, 4), steps=[5, 2])
+    text = results.table(results.read_runs(two_seeds), two_seeds)
+    assert "7 runs of 2 + 1 steps and 5 + 2 steps in (a), with 4 rows in each, took" in text
+    write(two_seeds, ("a", "reused, 60 scans"), 0, share(1, 4), steps=[5, 3])
+    with pytest.raises(DataError, match=r"steps of stage 2 in \(a\): 3, but 2 in"):
         results.read_runs(two_seeds)
 
 
