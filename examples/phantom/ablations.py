@@ -78,7 +78,7 @@ GROUPS = 1 + len(TASKS)
 DENSE = {"moe_layers": []}
 ALL_SLICES = SLICES["max_slices"]  # pz = all
 STEPS = (40, 20)  # of stage 1 and stage 2: two runs at a time end in four minutes, one on each core
-REUSE_STEPS = (100, 20)  # of the arms of (a), which have more to learn
+LONG = (100, 20)  # of the arms that have more to learn: from the 2D base, or to read what is pooled over all slices
 BATCH = 4  # rows per step; all else as in the recipe of the demo model
 SCARCITY = (15, 60, 480)  # training scans of (a): of the last, every row has its own
 REUSE = {"reused": "nothing", "vision from scratch": "vision", "from scratch": "everything"}
@@ -165,7 +165,7 @@ def arms() -> list[Arm]:
                 Arm(
                     "a",
                     f"{name}, {scans} scans",
-                    steps=REUSE_STEPS,
+                    steps=LONG,
                     scans=scans,
                     taught=False,
                     forgotten=forgotten,
@@ -188,6 +188,7 @@ def arms() -> list[Arm]:
                             "depth_rotary_fraction": fraction,
                             "pool": [pz, 2, 2],
                         },
+                        steps=LONG,
                         trained="tower",
                     )
                 )
@@ -196,9 +197,9 @@ def arms() -> list[Arm]:
     # not the model without, which has half as many visual tokens.
     tgis = {"pool": [ALL_SLICES, 2, 2], "slice_scoring": "tgis"}
     found += [
-        Arm("e", "mean pooling", convert=tgis, equal_scores=True),
-        Arm("e", "TG-IS, published", convert=tgis | {"tgis_variant": "paper"}),
-        Arm("e", "TG-IS, normalised", convert=tgis),
+        Arm("e", "mean pooling", convert=tgis, steps=LONG, equal_scores=True),
+        Arm("e", "TG-IS, published", convert=tgis | {"tgis_variant": "paper"}, steps=LONG),
+        Arm("e", "TG-IS, normalised", convert=tgis, steps=LONG),
     ]
     # (f) Tasks nobody named.
     found.append(Arm("f", "label-free routing", labelled=False, note_groups=True))
@@ -520,7 +521,8 @@ def stage_configs(model, arm: Arm, seed: int, args: argparse.Namespace, folder: 
     recipe.stage2.learning_rates = first | recipe.stage2.learning_rates
     if arm.trained != "recipe":
         for stage in (recipe.stage1, recipe.stage2):
-            stage.learning_rates |= dict.fromkeys((*TOWER, "other"), first["volume_layers"])
+            rate = first["slice_layers" if arm.taught else "volume_layers"]
+            stage.learning_rates |= dict.fromkeys((*TOWER, "other"), rate)
             stage.learning_rates["input_embeddings"] = stage.learning_rates["language_model"]
     return [recipe.stage1, recipe.stage2] if arm.two_stages else [recipe.stage2]
 

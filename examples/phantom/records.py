@@ -153,8 +153,10 @@ def read_questions(file: Path) -> tuple[list[dict[str, str]], str]:
 def _same_in_all(record: dict[str, Any]) -> dict[str, Any]:
     """What runs must have in common, by its name in words."""
     first, second = record["steps"]
-    # The arms of (a) are compared among themselves. `base` is what was forgotten where one starts from scratch.
-    group, base = (" in (a)", "pretrained") if record["arm"]["question"] == "a" else ("", "taught")
-    found = {f"steps of stage 1{group}": first, f"steps of stage 2{group}": second, "rows per step": record["batch"]}
-    found[f"hash of {base} base"] = record["hashes"]["base"]
+    letter = record["arm"]["question"]
+    group = REFERENCE[0] if letter == "f" else letter  # (f) is compared with an arm of (c)
+    found = {f"steps of stage {number} in ({group})": steps for number, steps in ((1, first), (2, second))}
+    # `base` is what was forgotten where an arm starts from scratch.
+    found[f"hash of {'pretrained' if letter == 'a' else 'taught'} base"] = record["hashes"]["base"]
+    found["rows per step"] = record["batch"]
     return found | {f"hash of {name}": record["hashes"][name] for name in ("train", "test", "recipe")}

@@ -26,6 +26,7 @@ scans. Above 0 the claim holds, below 0 it does not hold, and if the interval co
 
 import argparse
 import sys
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import import_module
@@ -328,9 +329,9 @@ def commands(results: Results, out: Path) -> list[str]:
 
 
 def time_spent(records: list[dict[str, Any]]) -> str:
-    steps = {record["arm"]["question"] == "a": record["steps"] for record in records}
-    told = " and ".join(f"{a} + {b} steps{' in (a)' * is_reuse}" for is_reuse, (a, b) in sorted(steps.items()))
-    text = f"{counted(len(records), 'run')} of {told}, with {records[0]['batch']} rows in each, took"
+    numbers = Counter(tuple(record["steps"]) for record in records)
+    told = ", ".join(f"{number} of {a} + {b} steps" for (a, b), number in sorted(numbers.items()))
+    text = f"{counted(len(records), 'run')} ({told}, with {records[0]['batch']} rows in each) took"
     devices: dict[tuple[str, int], list[dict[str, Any]]] = {}
     for record in records:
         devices.setdefault((record["device"], record["threads"]), []).append(record)

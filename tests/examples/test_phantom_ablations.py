@@ -121,7 +121,10 @@ def test_runs(ablations, arms):
             arm = arms["a", f"{name}, {scans} scans"]
             assert (arm.scans, arm.forgotten, arm.seeds) == (scans, forgotten, 3)
             assert sum(arm.steps) * ablations.BATCH == SCANS[-1]
-    assert len({arm.steps for (letter, _), arm in arms.items() if letter != "a"}) == 1
+    steps = {
+        letters: {arm.steps for (letter, _), arm in arms.items() if letter in letters} for letters in ("abe", "cdf")
+    }
+    assert steps == {"abe": {ablations.LONG}, "cdf": {ablations.STEPS}}
     assert ablations.arms()[0].name == "both levels"
 
 

@@ -279,7 +279,7 @@ def test_arms_without_a_seed_in_common(results, two_seeds):
 def test_time_by_device(results, two_seeds):
     write(two_seeds, FREE, 0, share(1, 4), device="NVIDIA X", threads=8, seconds=1000.0, seconds_training=700.0)
     text = results.table(results.read_runs(two_seeds), two_seeds)
-    assert "7 runs of 2 + 1 steps, with 4 rows in each, took 6.0 h of machine time, 3.0 h of it for training" in text
+    assert "7 runs (7 of 2 + 1 steps, with 4 rows in each) took 6.0 h of machine time, 3.0 h of it for trai" in text
     assert "(6 runs on CPU, 2 threads)" in text
     # 0.277 and 0.194 h.
     assert "; 0.2 h of machine time, 0.1 h of it for training (1 run on NVIDIA X, 8 threads)." in text
@@ -414,9 +414,9 @@ def change(record: dict, **more) -> dict:
         (lambda record: json.dumps(change(record, steps=[3])), "is no record of a run"),
         (
             lambda record: json.dumps(change(record, steps=[1, 2])),
-            r"steps of stage 1: 1, but 2 in c_both-levels_0\.json",
+            r"steps of stage 1 in \(d\): 1, but 2 in d_one-stage_0\.json",
         ),
-        (lambda record: json.dumps(change(record, steps=[2, 9])), "steps of stage 2: 9, but 1 in"),
+        (lambda record: json.dumps(change(record, steps=[2, 9])), r"steps of stage 2 in \(d\): 9, but 1 in"),
         (lambda record: json.dumps(change(record, batch=16)), "rows per step: 16, but 4 in"),
         *(
             (
@@ -459,10 +459,10 @@ def test_arms_of_reuse_have_a_base_of_their_own(results, two_seeds):
         results.read_runs(two_seeds)
 
 
-def test_arms_of_reuse_have_steps_of_their_own(results, two_seeds):
+def test_claims_have_steps_of_their_own(results, two_seeds):
     write(two_seeds, ("a", "reused, 15 scans"), 0, share(1, 4), steps=[5, 2])
     text = results.table(results.read_runs(two_seeds), two_seeds)
-    assert "7 runs of 2 + 1 steps and 5 + 2 steps in (a), with 4 rows in each, took" in text
+    assert "7 runs (6 of 2 + 1 steps, 1 of 5 + 2 steps, with 4 rows in each) took" in text
     write(two_seeds, ("a", "reused, 60 scans"), 0, share(1, 4), steps=[5, 3])
     with pytest.raises(DataError, match=r"steps of stage 2 in \(a\): 3, but 2 in"):
         results.read_runs(two_seeds)
