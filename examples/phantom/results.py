@@ -66,7 +66,7 @@ them. What is learned is to see slices together, and what reads it can read.
 The rule, set before the first run, on numbers before they are cut: a claim **holds** where the interval of the
 difference is above 0, it **does not hold** where it is below 0, and it **cannot be told** where the interval covers
 0. Intervals are not widened for the number of comparisons: of twenty between equal arms, about one leaves out 0 by
-chance."""
+chance. With one seed so far, a verdict is about these two trainings and no more."""
 
 
 @dataclass
