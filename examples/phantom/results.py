@@ -61,7 +61,9 @@ in the direction that speaks for the claim.
 
 In (a) all arms start with the 2D base, in all other claims with the taught base: slice layers, projector and language
 model are the demo model's, and the layers above have learned from single slices to say what the demo model says of
-them. What is learned is to see slices together, and what reads it can read.
+them. Converted and not trained at all, that base answers 91.7 % of the closed questions of the validation split at
+pz 1 without volume layers, and 86.4 % with them in the upper half: arms at pz 1, as all of (c), (d) and (f) are,
+compare what a short training unsettles or leaves alone, and not what it learns.
 
 The rule, set before the first run, on numbers before they are cut: a claim **holds** where the interval of the
 difference is above 0, it **does not hold** where it is below 0, and it **cannot be told** where the interval covers
