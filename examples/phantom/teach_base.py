@@ -24,9 +24,7 @@ byte, on every machine.
 """
 
 import argparse
-import json
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -43,6 +41,7 @@ from ct_moe.hub.folder import new_folder
 from ct_moe.hub.tiny_base import build_tiny_base
 from ct_moe.hub.whole_file import whole_file
 from ct_moe.trainers.evaluation.cut_numbers import cut_percent
+from ct_moe.trainers.phantoms.benchmark import read_split
 from ct_moe.trainers.volume_cache import VolumeCache
 
 
@@ -135,23 +134,15 @@ def what_the_demo_says(demo, processor, lower: nn.Module, data: Path, scans: int
     without experts, which the prompt would choose.
     """
     cache = VolumeCache(data / "slices", processor.image_processor)
+    _, labels = read_split(data, "train", scans)
     leave_out_experts(demo)
     states, targets = [], []
-    for images in tqdm(sorted(set(paths(data)))[:scans], desc="what the demo model says"):
+    for images in tqdm(sorted(labels), desc="what the demo model says"):
         row = {name: torch.from_numpy(value)[None] for name, value in cache.read(str(data / images)).items()}
         with torch.autocast("cpu", torch.bfloat16):
             targets.append(demo.model.vision_tower(**row).last_hidden_state[0].bfloat16())
             states.append(lower(row["pixel_values"][0]).bfloat16())
     return torch.cat(states), torch.cat(targets)
-
-
-def paths(data: Path) -> Iterator[str]:
-    try:
-        with (data / "train_labels.jsonl").open(encoding="utf-8") as file:
-            yield from (json.loads(line)["images"] for line in file)
-    except FileNotFoundError as error:
-        remedy = "Write phantoms first: ct-moe phantom OUT --n 4000"
-        raise DataError(error.filename, "is not there", remedy) from None
 
 
 def teach(upper: nn.ModuleList, states: torch.Tensor, targets: torch.Tensor, args: argparse.Namespace) -> None:

@@ -130,7 +130,7 @@ def test_layers_of_another_model_are_refused(teach_base, tmp_path):
 
 
 def test_missing_phantoms_are_named(teach_base, tmp_path):
-    with pytest.raises(DataError, match=r"train_labels\.jsonl: is not there"):
+    with pytest.raises(DataError, match=r"has no train_labels\.jsonl"):
         teach_base.make_base(settings(teach_base, tmp_path / "none", tmp_path))
     assert not (tmp_path / "base").exists()
     assert not (tmp_path / "layers").exists()
