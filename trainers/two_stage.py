@@ -41,6 +41,7 @@ from ct_moe.hub.folder import load_folder, new_folder, save_folder, write_folder
 from ct_moe.hub.unconversion import copy_kept
 
 from .checkpoints import last_checkpoint, remove_incomplete
+from .native_bfloat16 import has_native_bfloat16
 from .packing import pack_rows
 from .recipe import StageConfig, TwoStageRecipe
 from .rows import check_tasks, count_tasks, interleave_tasks, load_rows
@@ -204,6 +205,9 @@ def train_stage(
         dataset = interleave_tasks(dataset, seed=stage.seed, tasks=tasks)
     network = prepare_stage(network, stage)
     parts = trained_parts(network, stage)
+    if stage.bf16 and not has_native_bfloat16(stage.device):
+        remedy = "bf16=False is many times as fast here"
+        _say(stage, say, f"{out.name}: bf16=True, but this CPU multiplies no bfloat16 by itself: {remedy}")
     _say(stage, say, f"{out.name}: from {model}\n{format_parts(parts)}")
 
     trainer = CTMoESFTTrainer(

@@ -27,6 +27,7 @@ import ct_moe
 from ct_moe import DataError, ModelError, TrainingError
 from ct_moe.hub.folder import load_folder
 from ct_moe.trainers import Stage1Config, Stage2Config, TwoStageRecipe, load_rows, train_two_stage
+from ct_moe.trainers.native_bfloat16 import has_native_bfloat16
 from ct_moe.trainers.stages import plain_name
 from ct_moe.trainers.two_stage import train_stage
 
@@ -43,6 +44,23 @@ def recipe(tmp_path, settings, stage1: dict | None = None, stage2: dict | None =
 
 def quiet(text: str) -> None:
     pass
+
+
+def test_bfloat16_that_a_cpu_does_not_have_is_told(model_folder, rows, settings, tmp_path, monkeypatch):
+    def say(text: str) -> None:
+        said.append(text)
+        if "volume layers" in text:
+            raise KeyboardInterrupt  # before the first step, which would take long on such a CPU
+
+    for capability in ("AVX2", "AVX512"):
+        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda capability=capability: capability)
+        said = []
+        with pytest.raises(KeyboardInterrupt):
+            train_two_stage(
+                str(model_folder), None, rows, recipe(tmp_path, settings | {"bf16": True}), stages=(1,), say=say
+            )
+        assert any("bf16=False" in text for text in said) == (capability == "AVX2")
+    assert has_native_bfloat16("cuda:0")
 
 
 def test_both_stages_learn_a_toy_set_by_heart(model_folder, scans, rows, settings, tmp_path):

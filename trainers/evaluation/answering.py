@@ -28,6 +28,7 @@ from transformers import BatchFeature
 from ct_moe.hub.reusable_states import reusable_states, starts_from_prefix
 
 from ..collator import CTMoEDataCollator
+from ..native_bfloat16 import has_native_bfloat16
 from ..volume_cache import VolumeCache
 
 
@@ -58,7 +59,7 @@ def answer_rows(
     task: Callable[[dict[str, Any]], str | None] | None = None,
     batch_size: int = 16,
     max_new_tokens: dict[str, int] | None = None,
-    bf16: bool = True,
+    bf16: bool | None = None,
     progress: bool = True,
 ) -> list[Answer]:
     """Answer every row greedily; the prompt alone chooses the task, as for any user.
@@ -73,12 +74,13 @@ def answer_rows(
         task: name of the task to force for a row, or `None`.
         batch_size: rows that go through the model together.
         max_new_tokens: by task.
-        bf16: arithmetic in bfloat16, weights as they are.
+        bf16: arithmetic in bfloat16, weights as they are; by default where the device is fast at it.
         progress: whether to show a bar.
 
     Returns:
         An [`Answer`] per row, in order.
     """
+    bf16 = has_native_bfloat16(model.device) if bf16 is None else bf16
     limits = {**MAX_NEW_TOKENS, **(max_new_tokens or {})}
     collator = CTMoEDataCollator(processor, volume_cache=volume_cache)
     read = lru_cache(maxsize=4)(collator.process)  # many questions are about one scan
