@@ -63,6 +63,7 @@ from ct_moe.hub.whole_file import whole_file
 from ct_moe.trainers.evaluation.answering import Answer, answer_rows
 from ct_moe.trainers.evaluation.closed_questions import score_closed
 from ct_moe.trainers.evaluation.cut_numbers import cut_percent
+from ct_moe.trainers.native_bfloat16 import has_native_bfloat16
 from ct_moe.trainers.packing import pack_rows
 from ct_moe.trainers.phantoms.benchmark import read_split
 from ct_moe.trainers.recipe import Stage2Config, StageConfig, TwoStageRecipe, load_recipe
@@ -77,9 +78,11 @@ EXPERTS, WIDTH = SETTINGS["num_experts"], SETTINGS["moe_intermediate_size"]  # p
 GROUPS = 1 + len(TASKS)
 DENSE = {"moe_layers": []}
 ALL_SLICES = SLICES["max_slices"]  # pz = all
+POOL = [ALL_SLICES, 2, 2]  # unless an arm says otherwise: else the language model can join the slices itself
 STEPS = (40, 20)  # of stage 1 and stage 2: two runs at a time end in four minutes, one on each core
 LONG = (100, 20)  # of the arms that have more to learn: from the 2D base, or to read what is pooled over all slices
-BATCH = 4  # rows per step; all else as in the recipe of the demo model
+BATCH = 4  # rows per step
+RATES = 0.35  # of the recipe's learning rates for what is pretrained, which are for 32 rows: the root of 4 / 32
 SCARCITY = (15, 60, 480)  # training scans of (a): of the last, every row has its own
 REUSE = {"reused": "nothing", "vision from scratch": "vision", "from scratch": "everything"}
 RECIPE = Path(__file__).with_name("recipe.yaml")
@@ -192,10 +195,9 @@ def arms() -> list[Arm]:
                         trained="tower",
                     )
                 )
-    # (e) Slice scores. All pool over all slices: else the language model sees every slice without them. TG-IS does not
-    # weigh the pooled 3D features but appends the weighted 2D features, so mean pooling is TG-IS with equal scores and
-    # not the model without, which has half as many visual tokens.
-    tgis = {"pool": [ALL_SLICES, 2, 2], "slice_scoring": "tgis"}
+    # (e) Slice scores. TG-IS does not weigh the pooled 3D features but appends the weighted 2D features, so mean
+    # pooling is TG-IS with equal scores and not the model without, which has half as many visual tokens.
+    tgis = {"slice_scoring": "tgis"}
     found += [
         Arm("e", "mean pooling", convert=tgis, steps=LONG, equal_scores=True),
         Arm("e", "TG-IS, published", convert=tgis | {"tgis_variant": "paper"}, steps=LONG),
@@ -206,9 +208,14 @@ def arms() -> list[Arm]:
     return found
 
 
+def settings_of(arm: Arm) -> dict[str, Any]:
+    """Of the conversion."""
+    return {**SETTINGS, "pool": POOL, "tasks": list(TASKS), **arm.convert}
+
+
 def vision_config(arm: Arm) -> CTMoEVisionConfig:
     """Of the trained models of an arm."""
-    settings = {**SETTINGS, "tasks": TASKS, **arm.convert}
+    settings = settings_of(arm)
     known = {field.name for field in fields(CTMoEVisionConfig)}
     own = {name: value for name, value in settings.items() if name in known}
     groups = {"num_tasks": len(settings["tasks"]), "use_task_groups": not arm.task_embedding}
@@ -234,8 +241,11 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=5, help="at most so many seeds of every arm")
     parser.add_argument("--part", default="1/1", help="I/N: every N-th run, from the I-th")
     parser.add_argument("--split", default="test", choices=["validation", "test"])
-    parser.add_argument("--steps", type=int, nargs=2, help="of stage 1 and stage 2, in place of those of the arm")
+    parser.add_argument(
+        "--steps", type=int, nargs=2, help="of both stages, in place of those of the arm; 0 0: score the start"
+    )
     parser.add_argument("--batch", type=int, default=BATCH, help="rows per step")
+    parser.add_argument("--rates", type=float, default=RATES, help="share of the learning rates of pretrained parts")
     parser.add_argument("--list", action="store_true", help="show all runs and which are done")
     args = parser.parse_args()
     runs = [
@@ -299,7 +309,7 @@ def run(arm: Arm, seed: int, args: argparse.Namespace) -> dict[str, Any]:
         folder = Path(temporary) / "model"
         if arm.forgotten != "nothing":
             base = forget(base, Path(temporary) / "base", keep_language=arm.forgotten == "vision")
-        make_model(base, folder, **{**SETTINGS, "tasks": list(TASKS), **arm.convert})
+        make_model(base, folder, **settings_of(arm))
         processor = CTMoEProcessor.from_pretrained(folder)
         experts = read_recipe().stage1.experts_implementation
         model = CTMoEForConditionalGeneration.from_pretrained(
@@ -310,7 +320,7 @@ def run(arm: Arm, seed: int, args: argparse.Namespace) -> dict[str, Any]:
             add_task_embedding(model)
         if arm.equal_scores:
             nn.init.zeros_(model.model.slice_scoring.text_weight)
-        scans = train(model, processor, arm, seed, args, Path(temporary))
+        scans = train(model, processor, arm, seed, args, Path(temporary)) if any(args.steps) else {}
     trained = time.monotonic()
     model.to("cuda" if cuda else "cpu")
     how = {
@@ -330,11 +340,13 @@ def run(arm: Arm, seed: int, args: argparse.Namespace) -> dict[str, Any]:
         "seed": seed,
         "steps": list(args.steps),
         "batch": args.batch,
+        "rates": args.rates,
         **scans,
         "hashes": files,
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "device": torch.cuda.get_device_name() if cuda else "CPU",
         "threads": torch.get_num_threads(),
+        "bfloat16": has_native_bfloat16(model.device),
         "seconds_training": round(trained - started, 1),
         "closed": scored(asked, answer_rows(model, processor, asked, task=task_of, **how)),
     }
@@ -524,12 +536,15 @@ def stage_configs(model, arm: Arm, seed: int, args: argparse.Namespace, folder: 
             rate = first["slice_layers" if arm.taught else "volume_layers"]
             stage.learning_rates |= dict.fromkeys((*TOWER, "other"), rate)
             stage.learning_rates["input_embeddings"] = stage.learning_rates["language_model"]
+    for stage in (recipe.stage1, recipe.stage2):
+        stage.learning_rates = {part: args.rates * rate for part, rate in stage.learning_rates.items()}
     return [recipe.stage1, recipe.stage2] if arm.two_stages else [recipe.stage2]
 
 
 def read_recipe(settings: dict[str, Any] | None = None) -> TwoStageRecipe:
     """The demo model's, for the device that is there."""
-    settings = dict(settings or {}, use_cpu=not torch.cuda.is_available())
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    settings = dict(settings or {}, use_cpu=device == "cpu", bf16=has_native_bfloat16(device))
     settings["dataloader_num_workers"] = 1 if settings["use_cpu"] else 2  # other parts may run beside this one
     return load_recipe(RECIPE, [f"{name}={json.dumps(value)}" for name, value in settings.items()])
 

@@ -47,6 +47,7 @@ from ct_moe import CTMoEError, CTMoEImageProcessor, DataError
 from ct_moe.hub.folder import new_folder
 from ct_moe.hub.tiny_base import build_tiny_base
 from ct_moe.image_processing_ct_moe import REFERENCE_FIELD_MM
+from ct_moe.trainers.native_bfloat16 import has_native_bfloat16
 from ct_moe.trainers.phantoms.labels import FINDINGS, PHASES
 from ct_moe.trainers.phantoms.texts import (
     GROWING,
@@ -147,7 +148,7 @@ def train(model: LlavaForConditionalGeneration, dataset: "SliceTexts", work: Pat
         lr_scheduler_type="cosine",
         warmup_steps=0.05,
         max_grad_norm=1.0,
-        bf16=True,
+        bf16=has_native_bfloat16("cuda" if torch.cuda.is_available() else "cpu"),
         use_cpu=not torch.cuda.is_available(),
         logging_steps=25,
         save_strategy="no",
@@ -196,7 +197,8 @@ def tower_losses(tower, head, pixel_values, targets, patches) -> tuple[torch.Ten
 
     A linear head scores every patch, and a sharp log-mean-exp over patches scores the slice.
     """
-    with torch.autocast(pixel_values.device.type, torch.bfloat16):
+    device = pixel_values.device
+    with torch.autocast(device.type, torch.bfloat16, enabled=has_native_bfloat16(device)):
         outputs = tower(pixel_values.float(), output_hidden_states=True)
         scores = head(outputs.hidden_states[-2][:, 1:]).float()  # what a LLaVA reads, without the class token
     scores, small = scores.split([targets.shape[1], len(SMALL)], dim=2)

@@ -334,15 +334,16 @@ def time_spent(records: list[dict[str, Any]]) -> str:
     numbers = Counter(tuple(record["steps"]) for record in records)
     told = ", ".join(f"{number} of {a} + {b} steps" for (a, b), number in sorted(numbers.items()))
     text = f"{counted(len(records), 'run')} ({told}, with {records[0]['batch']} rows in each) took"
-    devices: dict[tuple[str, int], list[dict[str, Any]]] = {}
+    devices: dict[tuple[str, int, str], list[dict[str, Any]]] = {}
     for record in records:
-        devices.setdefault((record["device"], record["threads"]), []).append(record)
+        trained_in = "bfloat16" if record["bfloat16"] else "float32"
+        devices.setdefault((record["device"], record["threads"], trained_in), []).append(record)
     parts = []
-    for (device, threads), own in sorted(devices.items()):
+    for (device, threads, trained_in), own in sorted(devices.items()):
         hours, training = (cut(sum(record[key] for record in own) / 3600) for key in ("seconds", "seconds_training"))
         parts.append(
             f"{hours} h of machine time, {training} h of it for training "
-            f"({counted(len(own), 'run')} on {device}, {counted(threads, 'thread')})"
+            f"({counted(len(own), 'run')} on {device}, {counted(threads, 'thread')}, in {trained_in})"
         )
     return f"{text} {'; '.join(parts)}."
 

@@ -15,39 +15,51 @@
 
     python examples/phantom/teach_base.py --data phantoms --out taught-base
 
-Embeddings, slice layers, projector and language model are the demo model's. The layers that conversion turns into
-volume layers are not: drawn anew, they learn from single slices to say what the demo model's tower, which sees all of
-them together, says about each. So no weight of theirs has seen two slices together, or an expert.
+Embeddings and slice layers are the demo model's. The layers that conversion turns into volume layers are not: drawn
+anew, they learn from single slices to say what the demo model's tower, which sees all of them together, says about
+each. So no weight of theirs has seen two slices together, or an expert.
 
-The layers are kept in LAYERS, a file of 2 MB, and taken from there where it exists: the base is then the same, byte by
-byte, on every machine.
+Projector and language model are the demo model's at first, and then learn to read what this tower, as it is, says of
+all slices on average: what anyone can do with a 2D model. From there the arms of the ablations can learn more.
+
+The layers are kept in LAYERS, 2 MB, the reader in READER, 5 MB, and both are taken from there where they exist: the
+base is then the same, byte by byte, on every machine.
 """
 
 import argparse
+import shutil
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 from evaluate import leave_out_experts
-from pretrain_base import TEXT, VISION
+from pretrain_base import SLICES, TEXT, VISION
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 from tqdm.auto import tqdm
+from train_demo import SETTINGS, make_model, read_recipe
 from transformers import LlavaForConditionalGeneration
 
 from ct_moe import CTMoEError, CTMoEForConditionalGeneration, CTMoEProcessor, DataError
-from ct_moe.hub.folder import new_folder
+from ct_moe.hub.folder import load_folder, new_folder
 from ct_moe.hub.tiny_base import build_tiny_base
 from ct_moe.hub.whole_file import whole_file
 from ct_moe.trainers.evaluation.cut_numbers import cut_percent
+from ct_moe.trainers.native_bfloat16 import has_native_bfloat16
 from ct_moe.trainers.phantoms.benchmark import read_split
+from ct_moe.trainers.rows import load_rows
+from ct_moe.trainers.two_stage import train_stage
 from ct_moe.trainers.volume_cache import VolumeCache
 
 
 DEMO_MODEL = Path(__file__).parents[1] / "demo_model"
 LAYERS = Path(__file__).with_name("single_slice_layers.safetensors")
-READER = ("model.language_model.", "lm_head.", "model.multi_modal_projector.")
+READER = Path(__file__).with_name("average_reader.safetensors")
+READER_PARTS = ("model.language_model.", "lm_head.", "model.multi_modal_projector.")
+RECIPE = Path(__file__).with_name("recipe.yaml")
+AVERAGE = {"volume_layers": [], "moe_layers": [], "pool": [SLICES["max_slices"], 2, 2]}  # of the slices
 
 
 def main() -> None:
@@ -60,6 +72,9 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=2000)
     parser.add_argument("--batch", type=int, default=64, help="slices in each of them")
     parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--reader", type=Path, default=READER, help="taken from here, or trained and kept here")
+    parser.add_argument("--reader-steps", type=int, default=600)
+    parser.add_argument("--reader-batch", type=int, default=8, help="scans in each of them")
     args = parser.parse_args()
     try:
         make_base(args)
@@ -68,7 +83,7 @@ def main() -> None:
 
 
 def make_base(args: argparse.Namespace) -> None:
-    """Write the base, after training its upper layers where LAYERS does not have them."""
+    """Write the base, after training its upper layers and its reader where their files are not there."""
     demo = CTMoEForConditionalGeneration.from_pretrained(args.model, dtype=torch.float32).eval()
     processor = CTMoEProcessor.from_pretrained(args.model)
     with new_folder(args.out) as folder:
@@ -81,15 +96,61 @@ def make_base(args: argparse.Namespace) -> None:
             teach(upper, states, targets, args)
             with whole_file(args.layers) as part:
                 save_file({name: tensor.bfloat16() for name, tensor in upper.state_dict().items()}, part)
-        try:
-            upper.load_state_dict(load_file(args.layers))
-        except (OSError, SafetensorError, RuntimeError) as error:
-            finding = f"holds no layers of this base ({type(error).__name__})"
-            raise DataError(str(args.layers), finding, "Remove it, or name another: --layers") from error
+        take_file(upper, args.layers, upper.state_dict().keys(), "--layers")
+        base.save_pretrained(folder / "base")
+        named = [name for name, _ in base.named_parameters() if name.startswith(READER_PARTS)]
+        parts = [name for name in named if "embed_tokens" not in name]  # which no stage trains
+        if not args.reader.is_file():
+            read = teach_reader(folder / "base", args)
+            with whole_file(args.reader) as part:
+                save_file({name: read[name].bfloat16() for name in parts}, part)
+        take_file(base, args.reader, parts, "--reader")
         base.save_pretrained(folder / "base")
         for file in (folder / "base").iterdir():
             file.rename(folder / file.name)
         (folder / "base").rmdir()
+
+
+def take_file(module: nn.Module, file: Path, names: Iterable[str], option: str) -> None:
+    """Load the tensors of these names, all that the file has."""
+    try:
+        tensors = load_file(file)
+        if tensors.keys() != set(names):
+            raise KeyError(*(tensors.keys() ^ set(names)))
+        module.load_state_dict(tensors, strict=False)
+    except (OSError, SafetensorError, KeyError, RuntimeError) as error:
+        finding = f"is not of this base ({type(error).__name__})"
+        raise DataError(str(file), finding, f"Remove it, or name another: {option}") from error
+
+
+def teach_reader(base: Path, args: argparse.Namespace) -> dict[str, torch.Tensor]:
+    """The weights of a model whose reader has learned as in the first stage of the recipe; its tower is as it was.
+
+    Cut off, the same command goes on where it was.
+    """
+    work = args.out.with_name(f"{args.out.name}-training")
+    work.mkdir(parents=True, exist_ok=True)
+    model = work / "converted"
+    if not model.exists():
+        make_model(base, model, **{**SETTINGS, **AVERAGE})
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    settings = {
+        "model": str(model),
+        "train_data": str(args.data / "train.jsonl"),
+        "output_dir": str(work),
+        "volume_cache": str(args.data / "slices"),
+        "use_cpu": device == "cpu",
+        "bf16": has_native_bfloat16(device),
+        "per_device_train_batch_size": args.reader_batch,
+        "stage1.max_steps": args.reader_steps,
+    }
+    tower = ("slice_layers", "volume_layers", "ffns", "shared_group")
+    settings |= {f"stage1.train_{part}": "frozen" for part in tower}
+    recipe = read_recipe(RECIPE, settings)
+    trained = train_stage(recipe.model, recipe.stage1, load_rows(recipe.train_data), work / "read")
+    weights = load_folder(str(trained), dtype="float32")[0].state_dict()
+    shutil.rmtree(work)
+    return weights
 
 
 def empty_base(tokenizer, folder: Path) -> LlavaForConditionalGeneration:
@@ -108,7 +169,7 @@ def take_demo(base: LlavaForConditionalGeneration, demo: CTMoEForConditionalGene
         converted = name.replace("vision_tower.encoder.", "vision_tower.").replace("pre_layrnorm", "pre_layernorm")
         if converted in theirs and not converted.startswith(volume):
             parameter.copy_(theirs[converted])
-        elif name.startswith(READER):
+        elif name.startswith(READER_PARTS):
             raise DataError(name, "is not in the demo model", "Use a model that train_demo.py wrote: --model")
 
 
@@ -139,7 +200,7 @@ def what_the_demo_says(demo, processor, lower: nn.Module, data: Path, scans: int
     states, targets = [], []
     for images in tqdm(sorted(labels), desc="what the demo model says"):
         row = {name: torch.from_numpy(value)[None] for name, value in cache.read(str(data / images)).items()}
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=has_native_bfloat16("cpu")):
             targets.append(demo.model.vision_tower(**row).last_hidden_state[0].bfloat16())
             states.append(lower(row["pixel_values"][0]).bfloat16())
     return torch.cat(states), torch.cat(targets)
@@ -156,7 +217,7 @@ def teach(upper: nn.ModuleList, states: torch.Tensor, targets: torch.Tensor, arg
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, args.lr, total_steps=args.steps, pct_start=0.1)
 
     def loss_of(chosen: torch.Tensor) -> torch.Tensor:
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast("cpu", torch.bfloat16, enabled=has_native_bfloat16("cpu")):
             hidden_states = states[chosen].float()
             for layer in upper:
                 hidden_states = layer(hidden_states, None)

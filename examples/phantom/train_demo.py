@@ -37,6 +37,7 @@ from ct_moe import CTMoEError
 from ct_moe.hub.conversion import convert_base
 from ct_moe.hub.folder import load_folder, new_folder, write_folder
 from ct_moe.hub.whole_file import whole_file
+from ct_moe.trainers.native_bfloat16 import has_native_bfloat16
 from ct_moe.trainers.recipe import TwoStageRecipe, load_recipe
 from ct_moe.trainers.rows import load_rows
 from ct_moe.trainers.two_stage import train_stage, train_two_stage
@@ -67,6 +68,7 @@ def main() -> None:
             "output_dir": str(args.work),
             "volume_cache": str(args.data / "slices"),
             "use_cpu": not torch.cuda.is_available(),
+            "bf16": has_native_bfloat16("cuda" if torch.cuda.is_available() else "cpu"),
             # One reads 32 scans in about half a second, in which a GPU could take five steps.
             "dataloader_num_workers": max(1, min(12, os.cpu_count() - 2)),
         }

@@ -29,6 +29,7 @@ from safetensors.torch import load_file
 from ct_moe import CTMoEForConditionalGeneration, CTMoEProcessor, DataError, TrainingError
 from ct_moe.hub.tiny_base import build_tiny_base
 from ct_moe.trainers.evaluation.answering import Answer
+from ct_moe.trainers.native_bfloat16 import has_native_bfloat16
 from ct_moe.trainers.phantoms.data_set import write_phantoms
 from ct_moe.trainers.rows import load_rows
 from ct_moe.trainers.sft_trainer import _rate
@@ -71,8 +72,7 @@ def build(ablations, base, tmp_path_factory):
         key = json.dumps(arm.convert, sort_keys=True)
         if key not in made:
             made[key] = tmp_path_factory.mktemp("arm") / "model"
-            settings = {**ablations.SETTINGS, "tasks": list(ablations.TASKS), **arm.convert}
-            ablations.make_model(base, made[key], **settings)
+            ablations.make_model(base, made[key], **ablations.settings_of(arm))
         model = CTMoEForConditionalGeneration.from_pretrained(made[key], dtype=torch.float32)
         if arm.task_embedding:
             ablations.add_task_embedding(model)
@@ -84,7 +84,7 @@ def build(ablations, base, tmp_path_factory):
 @pytest.fixture(scope="module")
 def stages(ablations, build, tmp_path_factory):
     """Per stage of an arm: its settings, and of every trained parameter the learning rate."""
-    args = argparse.Namespace(data=Path("phantoms"), steps=(2, 1), batch=4)
+    args = argparse.Namespace(data=Path("phantoms"), steps=(2, 1), batch=4, rates=1.0)
 
     def stages(arm) -> list[tuple]:
         model, found = build(arm), []
@@ -190,6 +190,26 @@ def test_every_arm_has_the_budget_that_it_is_given(arms, stages):
         assert {stage.per_device_train_batch_size for stage in found} == {4}
 
 
+def test_rates_of_what_is_pretrained_are_lowered_and_of_no_new_part(ablations, arms, build, tmp_path):
+    arm = arms["c", "both levels"]
+    found = []
+    for rates in (1.0, 0.5):
+        args = argparse.Namespace(data=Path("phantoms"), steps=(2, 1), batch=4, rates=rates)
+        found.append(ablations.stage_configs(build(arm), arm, 0, args, tmp_path))
+    for whole, half in zip(*found):
+        assert whole.learning_rate == half.learning_rate == 1e-3
+        assert whole.learning_rates["language_model"] == 5e-4
+        assert half.learning_rates == {part: rate / 2 for part, rate in whole.learning_rates.items()}
+
+
+def test_all_arms_pool_over_all_slices_but_those_that_compare_it(ablations, arms, build):
+    """Else the language model could join the slices itself, and nothing before it had to."""
+    for (_, name), arm in arms.items():
+        pool = [1, 2, 2] if name.endswith("pz 1") else [24, 2, 2]
+        assert ablations.settings_of(arm)["pool"] == pool, name
+    assert build(arms["c", "both levels"]).config.pool == [24, 2, 2]
+
+
 @pytest.fixture(scope="module")
 def data(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("train") / "data"
@@ -224,7 +244,7 @@ def train(ablations, arms, build, data):
         model = build(arm)
         model.model.vision_tower.layers[0].mlp.register_forward_hook(hook)
         processor = CTMoEProcessor.from_pretrained(model.name_or_path)
-        args = argparse.Namespace(data=data, steps=steps, batch=2)
+        args = argparse.Namespace(data=data, steps=steps, batch=2, rates=1.0)
         ablations.train(model, processor, arm, 0, args, data / "run")
 
     return train
@@ -241,7 +261,7 @@ def test_both_stages_compute_in_bfloat16(train):
     """The second trainer of a model too: accelerate takes a model that it has prepared for ready."""
     seen = []
     train((1, 1), lambda module, args, output: seen.append(output.dtype))
-    assert seen == 2 * [torch.bfloat16]
+    assert seen == 2 * [torch.bfloat16 if has_native_bfloat16("cpu") else torch.float32]
 
 
 def test_a_run_that_is_told_to_stop_is_no_run(train):
@@ -260,7 +280,6 @@ def test_mean_pooling_is_tgis_with_equal_scores(ablations, arms, build, stages):
     )
     assert mean.convert == normalised.convert
     assert published.convert == normalised.convert | {"tgis_variant": "paper"}
-    assert mean.convert["pool"] == [ablations.ALL_SLICES, 2, 2]
     for (_, _, rates), (_, _, others) in zip(stages(mean), stages(normalised)):
         assert set(others) - set(rates) == {
             "model.slice_scoring.text_weight",

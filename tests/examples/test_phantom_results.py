@@ -68,12 +68,14 @@ def write(out: Path, arm: tuple[str, str], seed: int, right, **more) -> Path:
         "seed": seed,
         "steps": [2, 1],
         "batch": 4,
+        "rates": 0.5,
         "train_scans": 900,
         "all_train_scans": 900,
         "hashes": {**HASHES, "questions": TOLD},
         "parameters": 1_234_567,
         "device": "CPU",
         "threads": 2,
+        "bfloat16": True,
         "seconds": 3600.0,
         "seconds_training": 1800.0,
         "closed": right if isinstance(right, dict) else scores(right),
@@ -280,9 +282,9 @@ def test_time_by_device(results, two_seeds):
     write(two_seeds, FREE, 0, share(1, 4), device="NVIDIA X", threads=8, seconds=1000.0, seconds_training=700.0)
     text = results.table(results.read_runs(two_seeds), two_seeds)
     assert "7 runs (7 of 2 + 1 steps, with 4 rows in each) took 6.0 h of machine time, 3.0 h of it for trai" in text
-    assert "(6 runs on CPU, 2 threads)" in text
+    assert "(6 runs on CPU, 2 threads, in bfloat16)" in text
     # 0.277 and 0.194 h.
-    assert "; 0.2 h of machine time, 0.1 h of it for training (1 run on NVIDIA X, 8 threads)." in text
+    assert "; 0.2 h of machine time, 0.1 h of it for training (1 run on NVIDIA X, 8 threads, in bfloat16)." in text
 
 
 def test_the_commands_are_whole(results, two_seeds):
@@ -418,6 +420,7 @@ def change(record: dict, **more) -> dict:
         ),
         (lambda record: json.dumps(change(record, steps=[2, 9])), r"steps of stage 2 in \(d\): 9, but 1 in"),
         (lambda record: json.dumps(change(record, batch=16)), "rows per step: 16, but 4 in"),
+        (lambda record: json.dumps(change(record, rates=1.0)), "share of the learning rates: 1.0, but 0.5 in"),
         *(
             (
                 lambda record, name=name: json.dumps(change(record, hashes={**record["hashes"], name: "ff"})),

@@ -18,11 +18,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 from ct_moe import CTMoEForConditionalGeneration, CTMoEProcessor, DataError
+from ct_moe.trainers.collator import CTMoEDataCollator
 from ct_moe.trainers.phantoms.data_set import write_phantoms
+from ct_moe.trainers.rows import load_rows
 
 
 @pytest.fixture(scope="module")
@@ -38,13 +40,15 @@ def data(tmp_path_factory) -> Path:
 
 
 def settings(teach_base, data: Path, folder: Path, **more) -> argparse.Namespace:
-    known = {"model": teach_base.DEMO_MODEL, "layers": folder / "layers", "out": folder / "base"}
-    return argparse.Namespace(**{**known, "data": data, "scans": 3, "steps": 60, "batch": 16, "lr": 1e-3, **more})
+    known = {"model": teach_base.DEMO_MODEL, "data": data, "out": folder / "base"}
+    known |= {"layers": folder / "layers", "scans": 3, "steps": 60, "batch": 16, "lr": 1e-3}
+    known |= {"reader": folder / "reader", "reader_steps": 8, "reader_batch": 2}
+    return argparse.Namespace(**known | more)
 
 
 @pytest.fixture(scope="module")
 def made(teach_base, data, tmp_path_factory) -> Path:
-    """Folder with a base and its layers, taught in a few steps by the committed demo model."""
+    """Folder with a base, its layers and its reader, taught in a few steps by the committed demo model."""
     folder = tmp_path_factory.mktemp("taught")
     teach_base.make_base(settings(teach_base, data, folder))
     return folder
@@ -56,23 +60,35 @@ def demo(teach_base):
 
 
 @pytest.fixture(scope="module")
-def converted(load_script, made, tmp_path_factory):
+def convert(load_script, made, tmp_path_factory):
+    """The base, converted with settings."""
     train_demo = load_script("train_demo")
-    folder = tmp_path_factory.mktemp("converted") / "model"
-    train_demo.make_model(made / "base", folder, **train_demo.SETTINGS)
-    return CTMoEForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
+
+    def convert(**settings):
+        folder = tmp_path_factory.mktemp("converted") / "model"
+        train_demo.make_model(made / "base", folder, **{**train_demo.SETTINGS, **settings})
+        return CTMoEForConditionalGeneration.from_pretrained(folder, dtype=torch.float32).eval()
+
+    return convert
 
 
-def test_all_but_the_volume_layers_is_the_demo_models(converted, demo):
+READER = ("lm_head.", "model.language_model.", "model.multi_modal_projector.")
+
+
+def test_all_but_the_volume_layers_and_the_reader_is_the_demo_models(convert, demo):
     theirs = dict(demo.named_parameters())
     volume = ("model.vision_tower.layers.2.", "model.vision_tower.layers.3.")
+    converted = convert()
     shared = [name for name, _ in converted.named_parameters() if name in theirs]
     for name in shared:
         own = converted.get_parameter(name)
-        if name.startswith(("lm_head.", "model.language_model.", "model.multi_modal_projector.")) or (
+        if "embed_tokens" in name or (
             name.startswith("model.vision_tower.") and not name.startswith(volume) and "scale" not in name
         ):
             assert torch.equal(own, theirs[name]), name
+        elif name.startswith(READER) and own.ndim == 2:
+            cosine = torch.nn.functional.cosine_similarity(own.flatten(), theirs[name].flatten(), dim=0)
+            assert 0.9 < cosine < 1, name  # it went on from there
         elif name.startswith(volume) and own.ndim == 2 and ".moe." not in name:
             assert not torch.equal(own, theirs[name]), name
             # Not near to them either: with the numbers that the demo model's base began with, they would be.
@@ -97,6 +113,25 @@ def test_it_is_taught_what_the_demo_model_says(teach_base, made, demo, data, tmp
     assert off[0] < 0.5 * off[1]
 
 
+def test_the_reader_learns_to_read_all_slices_on_average(teach_base, convert, demo, data):
+    """The answers that it learned from are likelier than with the demo model's reader, on the same visual tokens."""
+    model = convert(volume_layers=[], moe_layers=[], pool=[24, 2, 2])
+    assert model.config.vision_config.volume_layers == []
+    collator = CTMoEDataCollator(CTMoEProcessor.from_pretrained(model.name_or_path))
+    rows = [row for row in load_rows(data / "train.jsonl") if row["task"] == "vqa_closed"][:8]
+    batch = collator([row | {"task": None} for row in rows])
+    batch = {name: value for name, value in batch.items() if isinstance(value, torch.Tensor) and name != "row_tasks"}
+    assert (batch["input_ids"] == model.config.image_token_id).sum(1).tolist() == 8 * [16]  # of up to 24 slices
+    losses = []
+    with torch.inference_mode():
+        losses.append(model(**batch).loss)
+        for name, parameter in demo.named_parameters():
+            if name.startswith(READER):
+                model.get_parameter(name).copy_(parameter)
+        losses.append(model(**batch).loss)
+    assert losses[0] < 0.8 * losses[1]
+
+
 def test_what_is_learned_from_is_what_the_base_computes(teach_base, made):
     base = LlavaForConditionalGeneration.from_pretrained(made / "base", dtype=torch.float32).eval()
     pixel_values = torch.randn(2, 3, 128, 128)
@@ -107,25 +142,31 @@ def test_what_is_learned_from_is_what_the_base_computes(teach_base, made):
 
 
 def test_kept_layers_give_the_same_base_without_data(teach_base, made, tmp_path):
-    teach_base.make_base(settings(teach_base, tmp_path / "none", tmp_path, layers=made / "layers"))
+    kept = {"layers": made / "layers", "reader": made / "reader"}
+    teach_base.make_base(settings(teach_base, tmp_path / "none", tmp_path, **kept))
     for file in (made / "base").iterdir():
         assert (tmp_path / "base" / file.name).read_bytes() == file.read_bytes(), file.name
     assert AutoProcessor.from_pretrained(tmp_path / "base").tokenizer.pad_token_id is not None
 
 
-def test_the_committed_layers_fit(teach_base, tmp_path):
-    teach_base.make_base(settings(teach_base, tmp_path / "none", tmp_path, layers=teach_base.LAYERS))
+def test_the_committed_files_fit(teach_base, tmp_path):
+    kept = {"layers": teach_base.LAYERS, "reader": teach_base.READER}
+    teach_base.make_base(settings(teach_base, tmp_path / "none", tmp_path, **kept))
     assert (tmp_path / "base" / "model.safetensors").is_file()
 
 
-def test_layers_of_another_model_are_refused(teach_base, tmp_path):
-    for content in ({"0.mlp.fc1.weight": torch.ones(2, 2)}, None):
+@pytest.mark.parametrize("kept", ["layers", "reader"])
+def test_files_of_another_model_are_refused(teach_base, made, tmp_path, kept):
+    tensors = load_file(made / kept)
+    name = next(iter(tensors))
+    for content in (tensors | {name: torch.ones(2, 3)}, {name: tensors[name]}, tensors | {"x": torch.ones(1)}, None):
         if content is None:
-            (tmp_path / "layers").write_bytes(b"none")
+            (tmp_path / kept).write_bytes(b"none")
         else:
-            save_file(content, tmp_path / "layers")
-        with pytest.raises(DataError, match="layers: "):
-            teach_base.make_base(settings(teach_base, tmp_path / "none", tmp_path))
+            save_file(content, tmp_path / kept)
+        files = {"layers": made / "layers", "reader": made / "reader"} | {kept: tmp_path / kept}
+        with pytest.raises(DataError, match=f"{kept}: is not of this base"):
+            teach_base.make_base(settings(teach_base, tmp_path / "none", tmp_path, **files))
         assert not (tmp_path / "base").exists()
 
 
