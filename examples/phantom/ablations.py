@@ -79,10 +79,11 @@ GROUPS = 1 + len(TASKS)
 DENSE = {"moe_layers": []}
 ALL_SLICES = SLICES["max_slices"]  # pz = all
 POOL = [ALL_SLICES, 2, 2]  # unless an arm says otherwise: else the language model can join the slices itself
-STEPS = (40, 20)  # of stage 1 and stage 2: two runs at a time end in four minutes, one on each core
-LONG = (100, 20)  # of the arms that have more to learn: from the 2D base, or to read what is pooled over all slices
+STEPS = (40, 60)  # of stage 1 and stage 2
+FEWER = (40, 20)  # of the arms that have no experts to train in stage 2, but the whole tower
+LONG = (100, 20)  # of those that start from the 2D base, and have more to learn
 BATCH = 4  # rows per step
-RATES = 0.35  # of the recipe's learning rates for what is pretrained, which are for 32 rows: the root of 4 / 32
+RATES = 0.07  # of the recipe's learning rates for what is pretrained: those are for 32 rows, and unsettle a good start
 SCARCITY = (15, 60, 480)  # training scans of (a): of the last, every row has its own
 REUSE = {"reused": "nothing", "vision from scratch": "vision", "from scratch": "everything"}
 RECIPE = Path(__file__).with_name("recipe.yaml")
@@ -101,6 +102,7 @@ class Arm:
         seeds: how many runs.
         convert: settings of the conversion, in place of those of the demo model.
         steps: of stage 1 and stage 2.
+        rates: share of the learning rates of pretrained parts.
         scans: training scans; `None` for all.
         taught: start with the taught base; otherwise with the pretrained one.
         forgotten: pretrained weights that are drawn anew: "nothing", "vision" (tower and projector) or "everything".
@@ -121,6 +123,7 @@ class Arm:
     seeds: int = 3
     convert: dict[str, Any] = field(default_factory=dict)
     steps: tuple[int, int] = STEPS
+    rates: float = RATES
     scans: int | None = None
     taught: bool = True
     forgotten: str = "nothing"
@@ -169,6 +172,7 @@ def arms() -> list[Arm]:
                     "a",
                     f"{name}, {scans} scans",
                     steps=LONG,
+                    rates=1.0,
                     scans=scans,
                     taught=False,
                     forgotten=forgotten,
@@ -191,7 +195,7 @@ def arms() -> list[Arm]:
                             "depth_rotary_fraction": fraction,
                             "pool": [pz, 2, 2],
                         },
-                        steps=LONG,
+                        steps=FEWER,
                         trained="tower",
                     )
                 )
@@ -199,9 +203,9 @@ def arms() -> list[Arm]:
     # pooling is TG-IS with equal scores and not the model without, which has half as many visual tokens.
     tgis = {"slice_scoring": "tgis"}
     found += [
-        Arm("e", "mean pooling", convert=tgis, steps=LONG, equal_scores=True),
-        Arm("e", "TG-IS, published", convert=tgis | {"tgis_variant": "paper"}, steps=LONG),
-        Arm("e", "TG-IS, normalised", convert=tgis, steps=LONG),
+        Arm("e", "mean pooling", convert=tgis, equal_scores=True),
+        Arm("e", "TG-IS, published", convert=tgis | {"tgis_variant": "paper"}),
+        Arm("e", "TG-IS, normalised", convert=tgis),
     ]
     # (f) Tasks nobody named.
     found.append(Arm("f", "label-free routing", labelled=False, note_groups=True))
@@ -245,7 +249,7 @@ def main() -> None:
         "--steps", type=int, nargs=2, help="of both stages, in place of those of the arm; 0 0: score the start"
     )
     parser.add_argument("--batch", type=int, default=BATCH, help="rows per step")
-    parser.add_argument("--rates", type=float, default=RATES, help="share of the learning rates of pretrained parts")
+    parser.add_argument("--rates", type=float, help="share of the learning rates of pretrained parts")
     parser.add_argument("--list", action="store_true", help="show all runs and which are done")
     args = parser.parse_args()
     runs = [
@@ -298,7 +302,7 @@ def run(arm: Arm, seed: int, args: argparse.Namespace) -> dict[str, Any]:
     """Convert, train both stages, score."""
     started = time.monotonic()
     cuda = torch.cuda.is_available()
-    args = argparse.Namespace(**{**vars(args), "steps": args.steps or arm.steps})
+    args = argparse.Namespace(**{**vars(args), "steps": args.steps or arm.steps, "rates": args.rates or arm.rates})
     base = args.taught if arm.taught else args.base
     rows, _ = read_split(args.data, args.split, SCORED_SCANS)
     asked = [row for row in rows if row["task"] == "vqa_closed"]
@@ -533,10 +537,11 @@ def stage_configs(model, arm: Arm, seed: int, args: argparse.Namespace, folder: 
     recipe.stage2.learning_rates = first | recipe.stage2.learning_rates
     if arm.trained != "recipe":
         for stage in (recipe.stage1, recipe.stage2):
-            rate = first["slice_layers" if arm.taught else "volume_layers"]
-            stage.learning_rates |= dict.fromkeys((*TOWER, "other"), rate)
+            stage.learning_rates |= dict.fromkeys((*TOWER, "other"), first["volume_layers"])
             stage.learning_rates["input_embeddings"] = stage.learning_rates["language_model"]
     for stage in (recipe.stage1, recipe.stage2):
+        if "slice_scoring" not in arm.convert:  # which is new, and has the projector's rate
+            stage.learning_rates["projector"] = stage.learning_rate
         stage.learning_rates = {part: args.rates * rate for part, rate in stage.learning_rates.items()}
     return [recipe.stage1, recipe.stage2] if arm.two_stages else [recipe.stage2]
 

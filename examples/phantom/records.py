@@ -158,5 +158,5 @@ def _same_in_all(record: dict[str, Any]) -> dict[str, Any]:
     found = {f"steps of stage {number} in ({group})": steps for number, steps in ((1, first), (2, second))}
     # `base` is what was forgotten where an arm starts from scratch.
     found[f"hash of {'pretrained' if letter == 'a' else 'taught'} base"] = record["hashes"]["base"]
-    found["rows per step"], found["share of the learning rates"] = record["batch"], record["rates"]
+    found["rows per step"], found[f"share of the learning rates in ({group})"] = record["batch"], record["rates"]
     return found | {f"hash of {name}": record["hashes"][name] for name in ("train", "test", "recipe")}

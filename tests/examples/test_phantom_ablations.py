@@ -121,10 +121,12 @@ def test_runs(ablations, arms):
             arm = arms["a", f"{name}, {scans} scans"]
             assert (arm.scans, arm.forgotten, arm.seeds) == (scans, forgotten, 3)
             assert sum(arm.steps) * ablations.BATCH == SCANS[-1]
-    steps = {
-        letters: {arm.steps for (letter, _), arm in arms.items() if letter in letters} for letters in ("abe", "cdf")
+    budgets = {
+        letter: {(arm.steps, arm.rates) for (own, _), arm in arms.items() if own == letter} for letter in "abcdef"
     }
-    assert steps == {"abe": {ablations.LONG}, "cdf": {ablations.STEPS}}
+    assert budgets["a"] == {(ablations.LONG, 1.0)}  # what is random needs the rates of the recipe
+    assert budgets["b"] == {(ablations.FEWER, ablations.RATES)}
+    assert all(budgets[letter] == {(ablations.STEPS, ablations.RATES)} for letter in "cdef")
     assert ablations.arms()[0].name == "both levels"
 
 

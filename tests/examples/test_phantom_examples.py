@@ -114,7 +114,14 @@ def test_demo_model_is_measured_with_controls_and_a_ceiling(folder, demo_model):
 def test_arms_of_the_ablations_run_and_are_not_run_twice(folder, demo_model):
     """Few of them, with one of every claim, since each takes long: the fast tests build and prepare all."""
     taught = [EXAMPLES / "teach_base.py", "--data", "phantoms", "--model", demo_model, "--layers", "layers"]
-    run(folder, *taught, "--out", "taught-base", "--scans", 2, "--steps", 2, "--batch", 4)
+    taught += ["--scans", 2, "--steps", 2, "--batch", 4, "--reader", "reader", "--reader-steps", 1]
+    run(folder, *taught, "--reader-batch", 1, "--out", "taught-base")
+    start = ["--out", "start", "--split", "validation", "--steps", 0, 0, "--only", "f", "--seeds", 1]
+    run(folder, EXAMPLES / "ablations.py", *start)
+    (file,) = (folder / "start" / "validation").glob("*.json")
+    record = json.loads(file.read_text(encoding="utf-8"))
+    assert record["steps"] == [0, 0]
+    assert record["closed"]["right"]
     whole = [EXAMPLES / "ablations.py", "--out", "ablations"]
     whole += ["--steps", 1, 1, "--batch", 2, "--seeds", 1]
     run(folder, *whole, "--only", "df")

@@ -420,7 +420,10 @@ def change(record: dict, **more) -> dict:
         ),
         (lambda record: json.dumps(change(record, steps=[2, 9])), r"steps of stage 2 in \(d\): 9, but 1 in"),
         (lambda record: json.dumps(change(record, batch=16)), "rows per step: 16, but 4 in"),
-        (lambda record: json.dumps(change(record, rates=1.0)), "share of the learning rates: 1.0, but 0.5 in"),
+        (
+            lambda record: json.dumps(change(record, rates=1.0)),
+            r"share of the learning rates in \(d\): 1.0, but 0.5 in",
+        ),
         *(
             (
                 lambda record, name=name: json.dumps(change(record, hashes={**record["hashes"], name: "ff"})),
