@@ -17,5 +17,5 @@ import torch
 
 
 def has_native_bfloat16(device: str | torch.device) -> bool:
-    """False on a CPU of at most AVX2, where a product of bfloat16 matrices takes tens of times that of float32."""
+    """False on an x86 CPU of at most AVX2: a product of bfloat16 matrices takes it tens of times that of float32."""
     return torch.device(device).type != "cpu" or torch.backends.cpu.get_cpu_capability() not in ("AVX2", "NO AVX")

@@ -102,7 +102,8 @@ class Arm:
         seeds: how many runs.
         convert: settings of the conversion, in place of those of the demo model.
         steps: of stage 1 and stage 2.
-        rates: share of the learning rates of pretrained parts.
+        rates: share of the recipe's learning rates for pretrained parts; not for the projector of arms with slice
+            scores, which have its rate.
         scans: training scans; `None` for all.
         taught: start with the taught base; otherwise with the pretrained one.
         forgotten: pretrained weights that are drawn anew: "nothing", "vision" (tower and projector) or "everything".
@@ -261,6 +262,8 @@ def main() -> None:
     runs.sort(key=lambda run: run[1])  # the first seed of every arm before the second of any
     try:
         runs = part_of(runs, args.part)
+        if args.steps and any(args.steps) and min(args.steps) < 1:
+            raise DataError("--steps", f"{args.steps} trains half a model", "Give both stages steps, or none")
     except CTMoEError as error:
         sys.exit(f"ablations: error: {error}")
     if args.list:
@@ -302,7 +305,8 @@ def run(arm: Arm, seed: int, args: argparse.Namespace) -> dict[str, Any]:
     """Convert, train both stages, score."""
     started = time.monotonic()
     cuda = torch.cuda.is_available()
-    args = argparse.Namespace(**{**vars(args), "steps": args.steps or arm.steps, "rates": args.rates or arm.rates})
+    rates = arm.rates if args.rates is None else args.rates
+    args = argparse.Namespace(**{**vars(args), "steps": args.steps or arm.steps, "rates": rates})
     base = args.taught if arm.taught else args.base
     rows, _ = read_split(args.data, args.split, SCORED_SCANS)
     asked = [row for row in rows if row["task"] == "vqa_closed"]

@@ -63,8 +63,8 @@ In (a) all arms start with the 2D base, in all other claims with the taught base
 model's, the layers above have learned from single slices to say what the demo model says of them, and projector and
 language model to read what this tower says of all slices on average. All arms pool over all slices in that way (pz
 all) but those of (b) with pz 1. Converted and not trained at all, the taught base answers of the closed questions of
-the validation split 73.8 % at pz all without volume layers and 68.5 % with them in the upper half, at pz 1 46.5 % and
-39.4 %: what an arm has beyond that, it learned here.
+the validation split 73.8 % at pz all without volume layers and 68.5 % with them in the upper half, where (c), (d) and
+(f) start, and at pz 1 46.5 % and 39.4 %.
 
 The rule, set before the first run, on numbers before they are cut: a claim **holds** where the interval of the
 difference is above 0, it **does not hold** where it is below 0, and it **cannot be told** where the interval covers
@@ -194,7 +194,8 @@ def claims() -> list[Claim]:
             f"`task level` has one expert per group, {EXPERTS} times as wide: a token goes through "
             f"{expert_ratio('task level')} times the expert parameters that it goes through in `both levels`, and in "
             f"`dense, equal total` through {expert_ratio('dense, equal total')} times. Arms without task groups train "
-            "their experts in both stages. `both levels, groups by scan` is told the group, at test too.",
+            "their experts, and what else is new in the tower, in both stages. `both levels, groups by scan` "
+            "is told the group, at test too.",
         )
     )
     found.append(
@@ -220,8 +221,9 @@ def claims() -> list[Claim]:
                 if row != MEAN_POOLING
             ],
             "All arms pool the 3D features over all slices and append 2D features, weighted by slice: by the scores, "
-            "or equally in `mean pooling`. A training row holds several texts, of which the first scores the slices "
-            "for all; in the test split every question does it for itself.",
+            "or equally in `mean pooling`. The projector has the rate of what is new, as the scores do. A training "
+            "row holds several texts, of which the first scores the slices for all; in the test split every question "
+            "does it for itself.",
         )
     )
     found.append(

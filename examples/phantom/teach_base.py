@@ -22,11 +22,12 @@ each. So no weight of theirs has seen two slices together, or an expert.
 Projector and language model are the demo model's at first, and then learn to read what this tower, as it is, says of
 all slices on average: what anyone can do with a 2D model. From there the arms of the ablations can learn more.
 
-The layers are kept in LAYERS, 2 MB, the reader in READER, 5 MB, and both are taken from there where they exist: the
+The layers are kept in LAYERS, 2 MB, the reader in READER, 4 MB, and both are taken from there where they exist: the
 base is then the same, byte by byte, on every machine.
 """
 
 import argparse
+import hashlib
 import shutil
 import sys
 from collections.abc import Iterable
@@ -35,7 +36,7 @@ from pathlib import Path
 import torch
 from evaluate import leave_out_experts
 from pretrain_base import SLICES, TEXT, VISION
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 from torch import nn
 from tqdm.auto import tqdm
@@ -98,37 +99,42 @@ def make_base(args: argparse.Namespace) -> None:
                 save_file({name: tensor.bfloat16() for name, tensor in upper.state_dict().items()}, part)
         take_file(upper, args.layers, upper.state_dict().keys(), "--layers")
         base.save_pretrained(folder / "base")
+        with (folder / "base" / "model.safetensors").open("rb") as file:
+            unread = hashlib.file_digest(file, "sha256").hexdigest()  # what the reader learns to read, and no other
         named = [name for name, _ in base.named_parameters() if name.startswith(READER_PARTS)]
         parts = [name for name in named if "embed_tokens" not in name]  # which no stage trains
         if not args.reader.is_file():
-            read = teach_reader(folder / "base", args)
+            work = args.out.with_name(f"{args.out.name}-reader")
+            read = teach_reader(folder / "base", work / unread[:16], args)
             with whole_file(args.reader) as part:
-                save_file({name: read[name].bfloat16() for name in parts}, part)
-        take_file(base, args.reader, parts, "--reader")
+                save_file({name: read[name].bfloat16() for name in parts}, part, {"base": unread})
+            shutil.rmtree(work)
+        take_file(base, args.reader, parts, "--reader", unread)
         base.save_pretrained(folder / "base")
         for file in (folder / "base").iterdir():
             file.rename(folder / file.name)
         (folder / "base").rmdir()
 
 
-def take_file(module: nn.Module, file: Path, names: Iterable[str], option: str) -> None:
-    """Load the tensors of these names, all that the file has."""
+def take_file(module: nn.Module, file: Path, names: Iterable[str], option: str, base: str | None = None) -> None:
+    """Load the tensors of these names, all that the file has; `base` is that of which its metadata must tell."""
     try:
         tensors = load_file(file)
-        if tensors.keys() != set(names):
-            raise KeyError(*(tensors.keys() ^ set(names)))
+        with safe_open(file, framework="pt") as opened:
+            known = opened.metadata() or {}
+        if tensors.keys() != set(names) or known.get("base") != base:
+            raise KeyError("tensors or base")
         module.load_state_dict(tensors, strict=False)
     except (OSError, SafetensorError, KeyError, RuntimeError) as error:
         finding = f"is not of this base ({type(error).__name__})"
         raise DataError(str(file), finding, f"Remove it, or name another: {option}") from error
 
 
-def teach_reader(base: Path, args: argparse.Namespace) -> dict[str, torch.Tensor]:
+def teach_reader(base: Path, work: Path, args: argparse.Namespace) -> dict[str, torch.Tensor]:
     """The weights of a model whose reader has learned as in the first stage of the recipe; its tower is as it was.
 
-    Cut off, the same command goes on where it was.
+    Cut off, the same command goes on in the folder `work` where it was.
     """
-    work = args.out.with_name(f"{args.out.name}-training")
     work.mkdir(parents=True, exist_ok=True)
     model = work / "converted"
     if not model.exists():
@@ -148,9 +154,7 @@ def teach_reader(base: Path, args: argparse.Namespace) -> dict[str, torch.Tensor
     settings |= {f"stage1.train_{part}": "frozen" for part in tower}
     recipe = read_recipe(RECIPE, settings)
     trained = train_stage(recipe.model, recipe.stage1, load_rows(recipe.train_data), work / "read")
-    weights = load_folder(str(trained), dtype="float32")[0].state_dict()
-    shutil.rmtree(work)
-    return weights
+    return load_folder(str(trained), dtype="float32")[0].state_dict()
 
 
 def empty_base(tokenizer, folder: Path) -> LlavaForConditionalGeneration:

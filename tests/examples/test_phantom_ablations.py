@@ -84,7 +84,7 @@ def build(ablations, base, tmp_path_factory):
 @pytest.fixture(scope="module")
 def stages(ablations, build, tmp_path_factory):
     """Per stage of an arm: its settings, and of every trained parameter the learning rate."""
-    args = argparse.Namespace(data=Path("phantoms"), steps=(2, 1), batch=4, rates=1.0)
+    args = argparse.Namespace(data=Path("phantoms"), steps=(2, 1), batch=4, rates=0.5)
 
     def stages(arm) -> list[tuple]:
         model, found = build(arm), []
@@ -171,6 +171,18 @@ def test_arms_without_task_groups_train_their_experts_in_both_stages(arms, stage
         assert (stage.train_shared_group, stage.train_task_groups) == ("full", "off")
 
 
+def test_arms_of_experts_train_what_they_share_with_the_same_rates(arms, stages):
+    reference = stages(arms["c", "both levels"])
+    for (letter, name), arm in arms.items():
+        if letter in "cf":
+            for (_, _, rates), (_, _, others) in zip(stages(arm), reference):
+                shared = rates.keys() & others.keys()
+                assert len(shared) > 40
+                assert {parameter: rates[parameter] for parameter in shared} == {
+                    parameter: others[parameter] for parameter in shared
+                }, name
+
+
 @pytest.mark.parametrize("name", ["both levels", "task level", "both levels, groups by scan"])
 def test_arms_with_task_groups_train_them_in_stage_2(arms, stages, name):
     _, (_, stage, _) = stages(arms["c", name])
@@ -201,6 +213,8 @@ def test_rates_of_what_is_pretrained_are_lowered_and_of_no_new_part(ablations, a
     for whole, half in zip(*found):
         assert whole.learning_rate == half.learning_rate == 1e-3
         assert whole.learning_rates["language_model"] == 5e-4
+        pretrained = {"slice_layers", "volume_layers", "ffns", "projector", "language_model"}
+        assert set(whole.learning_rates) == pretrained
         assert half.learning_rates == {part: rate / 2 for part, rate in whole.learning_rates.items()}
 
 
@@ -287,7 +301,10 @@ def test_mean_pooling_is_tgis_with_equal_scores(ablations, arms, build, stages):
             "model.slice_scoring.text_weight",
             "model.slice_scoring.log_temperature",
         }
-        assert set(rates) <= set(others)
+        assert rates.items() <= others.items()
+    for (_, _, rates), (_, _, others) in zip(stages(published), stages(normalised)):
+        assert rates.items() <= others.items()
+        assert set(others) - set(rates) == {"model.slice_scoring.log_temperature"}
     model = build(mean).eval()
     ablations.redraw_added(model, 0)
     mask = torch.tensor([[True, True, True, False], [True, True, False, False]])
@@ -349,7 +366,7 @@ def test_arms_start_with_their_base(ablations, arms, base, data, tmp_path):
     assert {arm.question for arm in arms.values() if arm.taught} == set("bcdef")
     for letter, name in (("c", "both levels"), ("a", "reused, 15 scans")):
         folders = {"taught": base, "base": base} | {"taught" if letter == "c" else "base": tmp_path}
-        args = argparse.Namespace(**folders, data=data, split="train", steps=None)
+        args = argparse.Namespace(**folders, data=data, split="train", steps=None, rates=None)
         with pytest.raises(DataError, match=r"model\.safetensors: cannot be read"):
             ablations.run(arms[letter, name], 0, args)
 

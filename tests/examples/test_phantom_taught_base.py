@@ -18,7 +18,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import load_file, save
 from transformers import AutoProcessor, LlavaForConditionalGeneration
 
 from ct_moe import CTMoEForConditionalGeneration, CTMoEProcessor, DataError
@@ -87,8 +88,9 @@ def test_all_but_the_volume_layers_and_the_reader_is_the_demo_models(convert, de
         ):
             assert torch.equal(own, theirs[name]), name
         elif name.startswith(READER) and own.ndim == 2:
+            assert not torch.equal(own, theirs[name]), name
             cosine = torch.nn.functional.cosine_similarity(own.flatten(), theirs[name].flatten(), dim=0)
-            assert 0.9 < cosine < 1, name  # it went on from there
+            assert cosine > 0.9, name  # it went on from there
         elif name.startswith(volume) and own.ndim == 2 and ".moe." not in name:
             assert not torch.equal(own, theirs[name]), name
             # Not near to them either: with the numbers that the demo model's base began with, they would be.
@@ -159,11 +161,12 @@ def test_the_committed_files_fit(teach_base, tmp_path):
 def test_files_of_another_model_are_refused(teach_base, made, tmp_path, kept):
     tensors = load_file(made / kept)
     name = next(iter(tensors))
-    for content in (tensors | {name: torch.ones(2, 3)}, {name: tensors[name]}, tensors | {"x": torch.ones(1)}, None):
-        if content is None:
-            (tmp_path / kept).write_bytes(b"none")
-        else:
-            save_file(content, tmp_path / kept)
+    with safe_open(made / kept, framework="pt") as opened:
+        metadata = opened.metadata()
+    wrong = [tensors | {name: torch.ones(2, 3)}, {name: tensors[name]}, tensors | {"x": torch.ones(1)}]
+    files = [save(content, metadata) for content in wrong] + [b"none", save(tensors, {"base": "another"})]
+    for content in files:
+        (tmp_path / kept).write_bytes(content)
         files = {"layers": made / "layers", "reader": made / "reader"} | {kept: tmp_path / kept}
         with pytest.raises(DataError, match=f"{kept}: is not of this base"):
             teach_base.make_base(settings(teach_base, tmp_path / "none", tmp_path, **files))

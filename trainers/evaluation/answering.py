@@ -74,7 +74,7 @@ def answer_rows(
         task: name of the task to force for a row, or `None`.
         batch_size: rows that go through the model together.
         max_new_tokens: by task.
-        bf16: arithmetic in bfloat16, weights as they are; by default where the device is fast at it.
+        bf16: arithmetic in bfloat16, weights as they are; by default where `has_native_bfloat16`.
         progress: whether to show a bar.
 
     Returns:
