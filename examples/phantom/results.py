@@ -62,9 +62,10 @@ in the direction that speaks for the claim.
 In (a) all arms start with the 2D base, in all other claims with the taught base: its slice layers are the demo
 model's, the layers above have learned from single slices to say what the demo model says of them, and projector and
 language model to read what this tower says of all slices on average. All arms pool over all slices in that way (pz
-all) but those of (b) with pz 1. Converted and not trained at all, the taught base answers of the closed questions of
-the validation split 73.8 % at pz all without volume layers and 68.5 % with them in the upper half, where (c), (d) and
-(f) start, and at pz 1 46.5 % and 39.4 %.
+all) but those of (b) with pz 1. Converted and not trained at all, the taught base answers at pz all 73.7 % of the
+closed questions of the validation split (test 73.4 %) without volume layers, and 68.4 % (test 65.4 %) with them in the
+upper half, where (c), (d) and (f) start; at pz 1 46.5 % and 39.4 % of the validation split. At pz all runs so far tell
+how fast an arm recovers what conversion took, and not how far it gets.
 
 The rule, set before the first run, on numbers before they are cut: a claim **holds** where the interval of the
 difference is above 0, it **does not hold** where it is below 0, and it **cannot be told** where the interval covers
