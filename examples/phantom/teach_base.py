@@ -20,7 +20,7 @@ anew, they learn from single slices to say what the demo model's tower, which se
 each. So no weight of theirs has seen two slices together, or an expert.
 
 Projector and language model are the demo model's at first, and then learn to read what this tower, as it is, says of
-all slices on average: what anyone can do with a 2D model. From there the arms of the ablations can learn more.
+all slices on average. There the arms of the ablations start.
 
 The layers are kept in LAYERS, 2 MB, the reader in READER, 4 MB, and both are taken from there where they exist: the
 base is then the same, byte by byte, on every machine.

@@ -424,6 +424,13 @@ def test_questions_are_kept_once_and_never_changed(ablations, tmp_path):
     assert file.read_bytes() == content
 
 
+def test_half_a_training_is_refused(ablations, monkeypatch, tmp_path):
+    for steps in (("0", "2"), ("2", "0"), ("-1", "2")):
+        monkeypatch.setattr(sys, "argv", ["ablations.py", "--list", "--out", str(tmp_path), "--steps", *steps])
+        with pytest.raises(SystemExit, match="trains half a model"):
+            ablations.main()
+
+
 def test_parts_share_no_run_and_leave_none_out(ablations):
     runs = list(range(10))
     parts = [ablations.part_of(runs, f"{number}/3") for number in (1, 2, 3)]
