@@ -28,6 +28,7 @@ import types
 from pathlib import Path
 
 import pytest
+from filelock import FileLock
 
 
 PACKAGE = "transformers_tests"
@@ -70,12 +71,13 @@ def pytest_pycollect_makemodule(module_path, parent):
 def install_library_tests(cache: pytest.Cache) -> None:
     version = importlib.metadata.version("transformers")
     folder = cache.mkdir(f"transformers-{version}")
-    if not (folder / PACKAGE).is_dir():
-        try:
-            fetch_sdist_tests(version, folder / PACKAGE)
-        except (subprocess.CalledProcessError, tarfile.TarError) as error:
-            reason = f"cannot fetch the sdist of transformers {version}: {getattr(error, 'stderr', None) or error}"
-            pytest.fail(reason, pytrace=False) if os.environ.get("CI") else pytest.skip(reason)
+    with FileLock(folder / "fetching.lock"):  # by the first of several workers
+        if not (folder / PACKAGE).is_dir():
+            try:
+                fetch_sdist_tests(version, folder / PACKAGE)
+            except (subprocess.CalledProcessError, tarfile.TarError) as error:
+                reason = f"cannot fetch the sdist of transformers {version}: {getattr(error, 'stderr', None) or error}"
+                pytest.fail(reason, pytrace=False) if os.environ.get("CI") else pytest.skip(reason)
 
     sys.path.append(str(folder))
     for name, content in absent_modules().items():

@@ -75,22 +75,22 @@ def test_a_collapsed_router_recovers_with_the_balance_loss_and_not_without(balan
         layer.moe.shared_router.weight[0, :, 0] = 0.0
         layer.moe.shared_router.weight[0, 2, 0] = 3.0
 
-    def load():
-        with torch.no_grad():
-            routing = model(**inputs, output_router_logits=True).routing
-        return routing_statistics(routing, model.config.vision_config)[0]["shared_load"].mean(dim=0)
-
-    assert load()[2] == 1.0
     optimizer = torch.optim.AdamW(model.model.vision_tower.parameters(), lr=3e-3, weight_decay=0.0)
+    loads = []
     for _ in range(200):
         optimizer.zero_grad()
-        model(**inputs, labels=inputs["input_ids"]).loss.backward()
+        outputs = model(**inputs, labels=inputs["input_ids"], output_router_logits=True)
+        outputs.loss.backward()
         optimizer.step()
+        statistics = routing_statistics(outputs.routing, model.config.vision_config)
+        loads.append(statistics[0]["shared_load"].mean(dim=0))
+    assert loads[0][2] == 1.0
+    # Of one step alone, rounding decides whether an expert has half of the tokens or none.
+    load = torch.stack(loads[-50:]).mean(dim=0)
     if balanced:
-        assert load().max() < 0.5
-        assert load().min() > 0.05
+        assert load.min() > 0.2  # of 0.25
     else:
-        assert load()[2] > 0.95
+        assert load[2] > 0.95
 
 
 # --- slices that are asked for ---
