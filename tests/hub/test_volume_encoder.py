@@ -106,7 +106,7 @@ def test_features_at_the_published_widths(tmp_path, post_layernorm):
     expected = reference(vit, values, post_layernorm)
     features = run(load_encoder(tmp_path / "encoder", post_layernorm=post_layernorm).double(), values)
     assert features.shape == (1, 1 + 8 * 16 * 16, 768)
-    torch.testing.assert_close(features, expected, rtol=0, atol=1e-6)  # of 8; the fold of the windows is kept in float32
+    torch.testing.assert_close(features, expected, rtol=0, atol=1e-6)  # the fold is kept in float32
 
 
 def test_an_empty_config_is_that_of_the_published_encoder(tmp_path):
