@@ -247,7 +247,7 @@ def main() -> None:
     parser.add_argument("--part", default="1/1", help="I/N: every N-th run, from the I-th")
     parser.add_argument("--split", default="test", choices=["validation", "test"])
     parser.add_argument(
-        "--steps", type=int, nargs=2, help="of both stages, in place of those of the arm; 0 0: score the start"
+        "--steps", type=int, nargs=2, help="of both stages, in place of those of the arm; 0 0: the start, untrained"
     )
     parser.add_argument("--batch", type=int, default=BATCH, help="rows per step")
     parser.add_argument("--rates", type=float, help="share of the learning rates of pretrained parts")
@@ -268,14 +268,14 @@ def main() -> None:
         sys.exit(f"ablations: error: {error}")
     if args.list:
         for arm, seed in runs:
-            done = "done" if result_file(args.out, args.split, arm, seed).is_file() else "-"
+            done = "done" if result_file(args, arm, seed).is_file() else "-"
             print(f"{done:5}({arm.question}) {arm.name}, seed {seed}")
         return
     try:
         if torch.cuda.device_count() > 1:  # the trainer would multiply the batch by their number
             raise TrainingError("GPUs", f"{torch.cuda.device_count()} are seen", "Show one: CUDA_VISIBLE_DEVICES=0")
         for number, (arm, seed) in enumerate(runs, 1):
-            file = result_file(args.out, args.split, arm, seed)
+            file = result_file(args, arm, seed)
             if file.is_file():
                 continue
             print(f"{number} of {len(runs)}: ({arm.question}) {arm.name}, seed {seed}", flush=True)
@@ -296,9 +296,12 @@ def part_of(runs: list, part: str) -> list:
     return runs[int(number) - 1 :: int(parts)]
 
 
-def result_file(out: Path, split: str, arm: Arm, seed: int) -> Path:
+def result_file(args: argparse.Namespace, arm: Arm, seed: int) -> Path:
+    """OUT/test/..., OUT/test/untrained/... with no steps."""
     name = "".join(c if c.isalnum() else "-" for c in arm.name)
-    return out / split / f"{arm.question}_{name}_{seed}.json"
+    untrained = args.steps and not any(args.steps)
+    folder = args.out / args.split / ("untrained" if untrained else "")
+    return folder / f"{arm.question}_{name}_{seed}.json"
 
 
 def run(arm: Arm, seed: int, args: argparse.Namespace) -> dict[str, Any]:

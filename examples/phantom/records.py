@@ -57,12 +57,14 @@ class Results:
         records: as read, once each, without the scores: what was trained on what, and for how long.
         questions: of each, `images`, `kind` and `template`.
         runs: by arm, a letter and a name, and seed.
+        untrained: the same before any training, where that was scored.
         planned: seeds of each arm.
     """
 
     records: list[dict[str, Any]]
     questions: list[dict[str, str]]
     runs: dict[tuple[str, str], dict[int, Run]]
+    untrained: dict[tuple[str, str], dict[int, Run]]
     planned: dict[tuple[str, str], int]
 
     @property
@@ -85,40 +87,22 @@ def read_runs(out: Path) -> Results:
     if not files:
         raise DataError(str(folder), "no run is there", f"Run: python examples/phantom/ablations.py --out {out}")
     questions, told = read_questions(folder / "questions.jsonl")
-    results = Results([], questions, {}, planned)
+    results = Results([], questions, {}, {}, planned)
     common: dict[str, tuple[Any, str]] = {}
-    for file in files:
-        try:
-            record = json.loads(file.read_text(encoding="utf-8"))
-            arm, seed = (record["arm"]["question"], record["arm"]["name"]), record["seed"]
-            scored = {arm: record["closed"]}
-            if "wrong_group" in record:
-                scored[WRONG_GROUP] = record["wrong_group"]
-            results.records.append({name: record[name] for name in KEPT})
-            trained = _same_in_all(record)
-            noted = arm in plan and plan[arm].note_groups
-            other_groups = (
-                {task: record["other_groups"][task] for task in TASKS if task != "vqa_closed"} if noted else {}
-            )
-            runs = {
-                name: Run(
-                    record["parameters"],
-                    np.array([float(right) for right in scores["right"]]),
-                    scores["groups"],
-                    other_groups,
-                )
-                for name, scores in scored.items()
-            }
-            accuracies = {name: scores["accuracy"] for name, scores in scored.items()}
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            finding = f"is no record of a run ({type(error).__name__}: {error})"
-            raise DataError(file.name, finding, "Remove it, and run ablations.py again") from error
+    for file in files + sorted(folder.glob("untrained/?_*.json")):
+        record, read = read_record(file, len(questions))
+        arm, seed = (record["arm"]["question"], record["arm"]["name"]), record["seed"]
         run = f"({arm[0]}) {arm[1]}, seed {seed},"
         if arm not in plan or seed not in range(plan[arm].seeds):
             raise DataError(file.name, f"{run} is not among the runs that ablations.py plans", "Move it elsewhere")
-        if seed in results.runs.get(arm, {}):
+        trained = file.parent == folder
+        if trained != any(record["steps"]):
+            remedy = "Move it to untrained/, or back: without training is what --steps 0 0 was"
+            raise DataError(file.name, f"{run} has {record['steps']} steps of both stages", remedy)
+        kept = results.runs if trained else results.untrained
+        if seed in kept.get(arm, {}):
             raise DataError(file.name, f"{run} is there twice", "Keep one of the files")
-        for name, value in trained.items():
+        for name, value in _same_in_all(record).items():
             known, first = common.setdefault(name, (value, file.name))
             if value != known:
                 remedy = "Arms are compared alike: run all with the same files and settings"
@@ -127,15 +111,40 @@ def read_runs(out: Path) -> Results:
             raise DataError(
                 file.name, "answers other questions than questions.jsonl", "Score all runs on the same --data"
             )
-        for name, own in runs.items():
-            if not len(own.right) == len(own.groups) == len(questions):
-                finding = f"has {len(own.right)} answers and {len(own.groups)} groups for {len(questions)} questions"
-                raise DataError(file.name, finding, "Remove it, and run ablations.py again")
-            if not math.isclose(own.right.mean(), accuracies[name], abs_tol=1e-6):
-                finding = f"its answers give the accuracy {own.right.mean():.4f}, it says {accuracies[name]:.4f}"
-                raise DataError(file.name, finding, "Remove it, and run ablations.py again")
-            results.runs.setdefault(name, {})[seed] = own
+        for name, own in read.items():
+            kept.setdefault(name, {})[seed] = own
+        if trained:
+            results.records.append({name: record[name] for name in KEPT})
     return results
+
+
+def read_record(file: Path, questions: int) -> tuple[dict[str, Any], dict[tuple[str, str], Run]]:
+    """All that a file says, and what was scored in it, by arm."""
+    remedy = "Remove it, and run ablations.py again"
+    try:
+        record = json.loads(file.read_text(encoding="utf-8"))
+        arm = record["arm"]["question"], record["arm"]["name"]
+        scored = {arm: record["closed"]}
+        if "wrong_group" in record:
+            scored[WRONG_GROUP] = record["wrong_group"]
+        noted = any(arm == (other.question, other.name) and other.note_groups for other in arms())
+        others = {task: record["other_groups"][task] for task in TASKS if task != "vqa_closed"} if noted else {}
+        runs = {
+            name: Run(record["parameters"], np.array([float(digit) for digit in own["right"]]), own["groups"], others)
+            for name, own in scored.items()
+        }
+        accuracies = {name: float(own["accuracy"]) for name, own in scored.items()}
+        _same_in_all(record), [record[name] for name in ("seed", *KEPT)]  # all there?
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DataError(file.name, f"is no record of a run ({type(error).__name__}: {error})", remedy) from error
+    for name, own in runs.items():
+        if not len(own.right) == len(own.groups) == questions:
+            finding = f"has {len(own.right)} answers and {len(own.groups)} groups for {questions} questions"
+            raise DataError(file.name, finding, remedy)
+        if not math.isclose(own.right.mean(), accuracies[name], abs_tol=1e-6):
+            finding = f"its answers give the accuracy {own.right.mean():.4f}, it says {accuracies[name]:.4f}"
+            raise DataError(file.name, finding, remedy)
+    return record, runs
 
 
 def read_questions(file: Path) -> tuple[list[dict[str, str]], str]:
@@ -151,12 +160,13 @@ def read_questions(file: Path) -> tuple[list[dict[str, str]], str]:
 
 
 def _same_in_all(record: dict[str, Any]) -> dict[str, Any]:
-    """What runs must have in common, by its name in words."""
+    """What runs must have in common, by its name in words; how they were trained, if they were."""
     first, second = record["steps"]
     letter = record["arm"]["question"]
-    group = REFERENCE[0] if letter == "f" else letter  # (f) is compared with an arm of (c)
-    found = {f"steps of stage {number} in ({group})": steps for number, steps in ((1, first), (2, second))}
     # `base` is what was forgotten where an arm starts from scratch.
-    found[f"hash of {'pretrained' if letter == 'a' else 'taught'} base"] = record["hashes"]["base"]
-    found["rows per step"], found[f"share of the learning rates in ({group})"] = record["batch"], record["rates"]
-    return found | {f"hash of {name}": record["hashes"][name] for name in ("train", "test", "recipe")}
+    found = {f"hash of {'pretrained' if letter == 'a' else 'taught'} base": record["hashes"]["base"]}
+    found |= {f"hash of {name}": record["hashes"][name] for name in ("train", "test", "recipe")}
+    group = REFERENCE[0] if letter == "f" else letter  # (f) is compared with an arm of (c)
+    trained = {f"steps of stage {number} in ({group})": steps for number, steps in ((1, first), (2, second))}
+    trained |= {"rows per step": record["batch"], f"share of the learning rates in ({group})": record["rates"]}
+    return found | trained if first or second else found

@@ -62,10 +62,9 @@ in the direction that speaks for the claim.
 In (a) all arms start with the 2D base, in all other claims with the taught base: its slice layers are the demo
 model's, the layers above have learned from single slices to say what the demo model says of them, and projector and
 language model to read what this tower says of all slices on average. All arms pool over all slices in that way (pz
-all) but those of (b) with pz 1. Converted and not trained at all, the taught base answers at pz all 73.7 % of the
-closed questions of the validation split (test 73.4 %) without volume layers, and 68.4 % (test 65.4 %) with them in the
-upper half, where (c), (d) and (f) start; at pz 1 46.5 % and 39.4 % of the validation split. At pz all runs so far tell
-how fast an arm recovers what conversion took, and not how far it gets.
+all) but those of (b) with pz 1. `Untrained` is what an arm answers rightly as it is converted, before any training
+(first seed). Arms that stay below what `none, pz all` of (b) has untrained tell how fast they recover what conversion
+took, and not how far they get.
 
 The rule, set before the first run, on numbers before they are cut: a claim **holds** where the interval of the
 difference is above 0, it **does not hold** where it is below 0, and it **cannot be told** where the interval covers
@@ -388,7 +387,7 @@ def not_comparable(results: Results, comparison: Comparison) -> str:
 
 def claim_table(results: Results, claim: Claim) -> list[str]:
     heads = ["Arm", "Seeds", "Parameters", "Closed", "Closed by seed", "Between slices"]
-    heads += [claim.difference, "Difference by seed"]
+    heads += [claim.difference, "Difference by seed", "Untrained"]
     groups, experts = claim.letter == "f", claim.letter == "c"
     if experts:
         heads.insert(3, "Expert parameters per token")
@@ -403,8 +402,8 @@ def claim_table(results: Results, claim: Claim) -> list[str]:
         cells = [arm[1] if arm != REFERENCE else f"**{arm[1]}**", f"{len(seeds)} of {planned}"]
         active = [f"{active_expert_parameters(vision_config(plan[arm])):,}"] if experts else []
         if not seeds:
-            cells += ["-", *active, "not run yet"]
-            lines.append(f"| {' | '.join([*cells, *['-'] * (len(heads) - len(cells))])} |")
+            cells += ["-", *active, "not run yet", *["-"] * 4, untrained(results, arm), *["-", "-"][: 2 * groups]]
+            lines.append(f"| {' | '.join(cells)} |")
             continue
         mean, interval, per_seed = accuracy(results, arm, seeds)
         cells += [
@@ -419,10 +418,17 @@ def claim_table(results: Results, claim: Claim) -> list[str]:
             cells += [not_comparable(results, shown[arm]) if arm in shown else "-", "-"]
         else:
             cells += [f"{cut_percent(found.mean, True)} {interval_text(found.interval)}", spread(found.per_seed, True)]
+        cells.append(untrained(results, arm))
         if groups:
             cells += group_cells(results, arm, seeds)
         lines.append(f"| {' | '.join(cells)} |")
     return lines
+
+
+def untrained(results: Results, arm: tuple[str, str]) -> str:
+    """What it has before training, with its first seed."""
+    runs = results.untrained.get(arm)
+    return cut_percent(float(runs[min(runs)].right.mean())) if runs else "-"
 
 
 def seeds_in(results: Results, claim: Claim, arm: tuple[str, str]) -> tuple[int, list[int]]:

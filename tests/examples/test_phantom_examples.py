@@ -118,7 +118,7 @@ def test_arms_of_the_ablations_run_and_are_not_run_twice(folder, demo_model):
     run(folder, *taught, "--reader-batch", 1, "--out", "taught-base")
     start = ["--out", "start", "--split", "validation", "--steps", 0, 0, "--only", "f", "--seeds", 1]
     run(folder, EXAMPLES / "ablations.py", *start)
-    (file,) = (folder / "start" / "validation").glob("*.json")
+    (file,) = (folder / "start" / "validation" / "untrained").glob("*.json")
     record = json.loads(file.read_text(encoding="utf-8"))
     assert record["steps"] == [0, 0]
     assert record["closed"]["right"]

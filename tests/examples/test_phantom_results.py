@@ -82,10 +82,11 @@ def write(out: Path, arm: tuple[str, str], seed: int, right, **more) -> Path:
         **({"other_groups": others()} if arm in (BOTH, FREE) else {}),
         **more,
     }
-    file = out / "test" / f"{arm[0]}_{''.join(c if c.isalnum() else '-' for c in arm[1])}_{seed}.json"
+    folder = out / "test" / ("untrained" if record["steps"] == [0, 0] else "")
+    file = folder / f"{arm[0]}_{''.join(c if c.isalnum() else '-' for c in arm[1])}_{seed}.json"
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text(json.dumps(record), encoding="utf-8")
-    (file.parent / "questions.jsonl").write_text(QUESTIONS, encoding="utf-8")
+    (out / "test" / "questions.jsonl").write_text(QUESTIONS, encoding="utf-8")
     return file
 
 
@@ -471,6 +472,34 @@ def test_claims_have_steps_of_their_own(results, two_seeds):
     assert "7 runs (6 of 2 + 1 steps, 1 of 5 + 2 steps, with 4 rows in each) took" in text
     write(two_seeds, ("a", "reused, 60 scans"), 0, share(1, 4), steps=[5, 3])
     with pytest.raises(DataError, match=r"steps of stage 2 in \(a\): 3, but 2 in"):
+        results.read_runs(two_seeds)
+
+
+def test_the_start_is_shown_beside_what_training_made_of_it(results, two_seeds):
+    write(two_seeds, ONE, 0, share(3, 4), steps=[0, 0], rates=1.0)
+    write(two_seeds, FREE, 0, share(1, 4), steps=[0, 0])
+    read = results.read_runs(two_seeds)
+    assert len(read.records) == 6  # it is no training
+    assert read.runs.keys().isdisjoint({FREE})
+    text = results.table(read, two_seeds)
+    assert row_of(text, *ONE)[3].startswith("37.5 [")
+    assert row_of(text, *ONE)[8] == "75.0"
+    assert row_of(text, *TWO)[8] == "-"
+    assert row_of(text, *FREE)[3:] == ["not run yet", "-", "-", "-", "-", "25.0", "-", "-"]
+
+
+def test_a_start_has_the_same_base_and_no_steps(results, two_seeds):
+    file = write(two_seeds, ONE, 0, share(3, 4), steps=[0, 0])
+    trained = two_seeds / "test" / "d_one-stage_2.json"
+    trained.write_text(json.dumps({**json.loads(file.read_text()), "seed": 2}))
+    with pytest.raises(DataError, match=r"seed 2, has \[0, 0\] steps of both stages. Move it to untrained/"):
+        results.read_runs(two_seeds)
+    trained.unlink()
+    file.write_text(json.dumps({**json.loads(file.read_text()), "steps": [2, 1]}))
+    with pytest.raises(DataError, match=r"seed 0, has \[2, 1\] steps of both stages"):
+        results.read_runs(two_seeds)
+    write(two_seeds, ONE, 0, share(3, 4), steps=[0, 0], hashes={**HASHES, "questions": TOLD, "base": "2a"})
+    with pytest.raises(DataError, match="hash of taught base: 2a, but 0a in"):
         results.read_runs(two_seeds)
 
 
