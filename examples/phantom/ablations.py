@@ -77,6 +77,7 @@ TASKS = ("report", "vqa_closed", "vqa_open")
 EXPERTS, WIDTH = SETTINGS["num_experts"], SETTINGS["moe_intermediate_size"]  # per group; of each
 GROUPS = 1 + len(TASKS)
 DENSE = {"moe_layers": []}
+NO_EXPERTS, LARGE_EXPERTS = "no experts", "both levels, as wide as the FFN, in both volume layers"
 ALL_SLICES = SLICES["max_slices"]  # pz = all
 POOL = [ALL_SLICES, 2, 2]  # unless an arm says otherwise: else the language model can join the slices itself
 STEPS = (40, 60)  # of stage 1 and stage 2
@@ -157,6 +158,9 @@ def arms() -> list[Arm]:
         Arm("c", "token level", 5, {"tasks": [], "num_experts": GROUPS * EXPERTS, "num_experts_per_tok": 2}),
         Arm("c", "task level", 5, {"num_experts": 1, "moe_intermediate_size": EXPERTS * WIDTH}),
         Arm("c", "both levels, groups by scan", 5, groups="scan"),
+        # To find out why the others are alike: added when the first two seeds of each were there.
+        Arm("c", NO_EXPERTS, convert={"tasks": [], **DENSE}),
+        Arm("c", LARGE_EXPERTS, convert={"moe_layers": [2, 3], "moe_intermediate_size": VISION["intermediate_size"]}),
     ]
     # (d) Two stages. One stage routes by task from the first step on, and so has rows of one task; with all tasks in a
     # row two stages would see three times as many texts.

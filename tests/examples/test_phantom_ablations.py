@@ -111,7 +111,7 @@ def names(model) -> set[str]:
 
 def test_runs(ablations, arms):
     assert len(arms) == len(ablations.arms())
-    assert sum(arm.seeds for arm in arms.values()) == 114
+    assert sum(arm.seeds for arm in arms.values()) == 120
     for scans in SCANS:
         for name, forgotten in (
             ("reused", "nothing"),
