@@ -71,7 +71,7 @@ took, and not how far they get.
 The rule, set before the first run, on numbers before they are cut: a claim **holds** where the interval of the
 difference is above 0, it **does not hold** where it is below 0, and it **cannot be told** where the interval covers
 0. Intervals are not widened for the number of comparisons: of twenty between equal arms, about one leaves out 0 by
-chance. With one seed so far, a verdict is about these two trainings and no more."""
+chance. A verdict "so far" is about the seeds that are there, and no more."""
 
 
 @dataclass
@@ -331,11 +331,13 @@ def table(results: Results, out: Path) -> str:
 
 def commands(results: Results, out: Path) -> list[str]:
     """How to get these runs again; folders are named, not where they lie on this machine."""
+    run = "python examples/phantom/ablations.py --data phantoms --base phantom-base --taught taught-base \\\n"
+    run += f"    --out {out.name}"
     return [
         "python examples/phantom/pretrain_base.py --data phantoms --out phantom-base",
         "python examples/phantom/teach_base.py --data phantoms --out taught-base",
-        "python examples/phantom/ablations.py --data phantoms --base phantom-base --taught taught-base \\",
-        f"    --out {out.name}",
+        run,
+        f"{run} --seeds 1 --steps 0 0",
         f"python examples/phantom/results.py --out {out.name} --write examples/phantom",
     ]
 

@@ -291,13 +291,14 @@ def test_time_by_device(results, two_seeds):
 def test_the_commands_are_whole(results, two_seeds):
     text = results.table(results.read_runs(two_seeds), two_seeds)
     commands = text.split("```bash\n")[1].split("\n```")[0].replace("\\\n", " ")
-    base, taught, ablations, tables = [" ".join(line.split()) for line in commands.splitlines()]
+    base, taught, ablations, starts, tables = [" ".join(line.split()) for line in commands.splitlines()]
     assert base == "python examples/phantom/pretrain_base.py --data phantoms --out phantom-base"
     assert taught == "python examples/phantom/teach_base.py --data phantoms --out taught-base"
     assert ablations == (
         "python examples/phantom/ablations.py --data phantoms --base phantom-base --taught taught-base "
         f"--out {two_seeds.name}"
     )
+    assert starts == f"{ablations} --seeds 1 --steps 0 0"
     assert tables == f"python examples/phantom/results.py --out {two_seeds.name} --write examples/phantom"
     assert str(two_seeds) not in text
 
