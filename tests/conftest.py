@@ -7,6 +7,12 @@ import pytest
 from clean_environment import clean_environment
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Files with slow tests first: with a long one at the end, one test process works while the others are done."""
+    slow = {item.path for item in items if item.get_closest_marker("slow")}
+    items.sort(key=lambda item: item.path not in slow)
+
+
 @pytest.fixture(scope="session")
 def test_data() -> Path:
     """The folder of real scans; tests that ask for it are skipped where it is missing, and fail in CI."""

@@ -32,6 +32,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from ct_moe import CTMoEError, CTMoEProcessor
+from ct_moe.trainers.native_bfloat16 import has_native_bfloat16
 from ct_moe.trainers.phantoms.benchmark import read_split
 from ct_moe.trainers.phantoms.labels import FINDINGS
 from ct_moe.trainers.phantoms.scores import f1_score
@@ -71,7 +72,7 @@ def run(data: Path, model: str, epochs: int) -> dict:
         if step % batches == 0:
             order = torch.randperm(len(scans))
         batch = order[step % batches * 16 :][:16]
-        with torch.autocast(device.type, torch.bfloat16):
+        with torch.autocast(device.type, torch.bfloat16, enabled=has_native_bfloat16(device)):
             scores = network([scans[i].to(device) for i in batch])
         loss = nn.functional.binary_cross_entropy_with_logits(scores.float(), targets[batch].to(device))
         loss.backward()

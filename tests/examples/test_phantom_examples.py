@@ -43,7 +43,8 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("phantom")
     run(folder, "-m", "ct_moe.hub.cli", "phantom", "phantoms", "--n", 6, "--validation", 2, "--test", 2)
     base = [EXAMPLES / "pretrain_base.py", "--data", "phantoms"]
-    run(folder, *base, "--out", "phantom-base", "--tower-steps", 2, "--steps", 2)
+    few = ["--tower-steps", 2, "--tower-batch", 8, "--steps", 2, "--batch", 4]
+    run(folder, *base, "--out", "phantom-base", *few)
     return folder
 
 

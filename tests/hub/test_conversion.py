@@ -134,7 +134,7 @@ REAL_WIDTHS = {
 @pytest.mark.slow
 @pytest.mark.parametrize(("text_model", "dtype"), [("phi3", torch.float32), ("llama", torch.bfloat16)])
 def test_parity_at_real_widths(tmp_path, text_model, dtype):
-    text = {**REAL_WIDTHS[text_model], "vocab_size": 32064, "num_hidden_layers": 2}
+    text = {**REAL_WIDTHS[text_model], "vocab_size": 32064, "num_hidden_layers": 1}
     base = build_tiny_base(tmp_path / "base", text_model=text_model, vision=CLIP_LARGE, text=text, dtype=dtype)
     report = convert_base(base, tmp_path / "out", progress=False)
     print(report)

@@ -13,14 +13,33 @@
 # limitations under the License.
 """Scans, rows and settings that the training tests share."""
 
+import json
+import subprocess
+import sys
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
 from datasets import Dataset
-from toy_rows import ANSWERS, TASKS, row
+from toy_rows import ANSWERS, TASKS, row, write_rows
 
 from ct_moe.trainers.phantoms.chest import write_phantom
+
+
+LAUNCH = [
+    *(
+        sys.executable,
+        "-m",
+        "accelerate.commands.launch",
+        "--multi_gpu",
+        "--num_processes",
+        "2",
+        "--num_machines",
+        "1",
+    ),
+    *("--mixed_precision", "no", "--dynamo_backend", "no"),
+]
 
 
 @pytest.fixture(scope="session")
@@ -89,6 +108,39 @@ def trained_model(model_folder):
             if ".moe." in name or "guide_encoder" in name or "task_router" in name or "scale_embedding" in name:
                 parameter += 0.1 * torch.randn(parameter.shape, generator=generator)
     return model, processor
+
+
+@pytest.fixture
+def exact_folder(trained_model, tmp_path) -> Path:
+    """A model whose experts are not zero, without anything random in training."""
+    from ct_moe.hub.folder import save_folder
+
+    model, processor = trained_model
+    model.config.vision_config.router_jitter = model.model.vision_tower.config.router_jitter = 0.0
+    return save_folder(model, processor, tmp_path / "model")
+
+
+@pytest.fixture
+def run_stage(exact_folder, settings, tmp_path, unused_tcp_port):
+    """Train that model with rows, in one process of its own or two; gives the exit status and what was printed."""
+
+    def run(out: str, rows: list[dict], processes: int, stage: int = 2, die: dict | None = None, **extra):
+        rows_file = tmp_path / f"{out}.jsonl"
+        write_rows(rows_file, rows)
+        task = {
+            "model": str(exact_folder),
+            "rows": str(rows_file),
+            "out": str(tmp_path / out),
+            "stage": stage,
+            "die": die,
+            "settings": {**settings, "output_dir": str(tmp_path / f"{out}-training"), **extra},
+        }
+        launch = [*LAUNCH, "--main_process_port", str(unused_tcp_port)] if processes == 2 else [sys.executable]
+        command = [*launch, str(Path(__file__).with_name("run_stage.py")), json.dumps(task)]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+        return done.returncode, done.stdout + done.stderr
+
+    return run
 
 
 @pytest.fixture

@@ -25,57 +25,12 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from toy_rows import ANSWERS, records, row, write_rows
+from toy_rows import ANSWERS, records, row
 
-from ct_moe.hub.folder import save_folder
 from ct_moe.trainers.checkpoints import last_checkpoint
 
 
 pytestmark = pytest.mark.slow
-
-FOLDER = Path(__file__).parent
-LAUNCH = [
-    *(
-        sys.executable,
-        "-m",
-        "accelerate.commands.launch",
-        "--multi_gpu",
-        "--num_processes",
-        "2",
-        "--num_machines",
-        "1",
-    ),
-    *("--mixed_precision", "no", "--dynamo_backend", "no"),
-]
-
-
-@pytest.fixture
-def exact_folder(trained_model, tmp_path) -> Path:
-    """A model whose experts are not zero, without anything random in training."""
-    model, processor = trained_model
-    model.config.vision_config.router_jitter = model.model.vision_tower.config.router_jitter = 0.0
-    return save_folder(model, processor, tmp_path / "model")
-
-
-@pytest.fixture
-def run(exact_folder, settings, tmp_path, unused_tcp_port):
-    def run(out: str, rows: list[dict], processes: int, stage: int = 2, die: dict | None = None, **extra):
-        rows_file = tmp_path / f"{out}.jsonl"
-        write_rows(rows_file, rows)
-        task = {
-            "model": str(exact_folder),
-            "rows": str(rows_file),
-            "out": str(tmp_path / out),
-            "stage": stage,
-            "die": die,
-            "settings": {**settings, "output_dir": str(tmp_path / f"{out}-training"), **extra},
-        }
-        launch = [*LAUNCH, "--main_process_port", str(unused_tcp_port)] if processes == 2 else [sys.executable]
-        command = [*launch, str(FOLDER / "run_stage.py"), json.dumps(task)]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-        return done.returncode, done.stdout + done.stderr
-
-    return run
 
 
 def mixed_rows(scans, unlabelled: bool = True) -> list[dict]:
@@ -101,12 +56,12 @@ SGD = {
 
 
 @pytest.mark.parametrize("stage", [1, 2])  # in the first nothing but a routing loss reaches the task router
-def test_two_processes_give_the_updates_of_one(run, scans, tmp_path, stage):
+def test_two_processes_give_the_updates_of_one(run_stage, scans, tmp_path, stage):
     rows = mixed_rows(scans, unlabelled=stage == 2)
     weights = {}
     for out, processes, batch_size, accumulation in (("4x1", 1, 4, 1), ("2x2", 1, 2, 2), ("two", 2, 2, 1)):
         extra = {"per_device_train_batch_size": batch_size, "gradient_accumulation_steps": accumulation}
-        code, output = run(out, rows, processes, stage, **SGD, **extra)
+        code, output = run_stage(out, rows, processes, stage, **SGD, **extra)
         assert code == 0, output
         if processes == 2:
             assert '{"processes": 2, "type": "DistributedType.MULTI_CPU"}' in output
@@ -122,11 +77,11 @@ def test_two_processes_give_the_updates_of_one(run, scans, tmp_path, stage):
         assert (weights["two"][name] - start[name]).abs().max() > 1e-4
 
 
-def test_two_processes_log_what_one_logs(run, scans, tmp_path):
+def test_two_processes_log_what_one_logs(run_stage, scans, tmp_path):
     rows = mixed_rows(scans)
     logs = {}
     for out, processes, batch_size in (("one", 1, 4), ("two", 2, 2)):
-        code, output = run(out, rows, processes, **SGD, per_device_train_batch_size=batch_size)
+        code, output = run_stage(out, rows, processes, **SGD, per_device_train_batch_size=batch_size)
         assert code == 0, output
         logs[out] = json.loads((tmp_path / out / "training_report.json").read_text())["log"][:3]
     for one, two in zip(logs["one"], logs["two"]):
@@ -134,36 +89,36 @@ def test_two_processes_log_what_one_logs(run, scans, tmp_path):
             assert two[name] == pytest.approx(one[name], rel=1e-4), name
 
 
-def test_an_adapter_trains_in_two_processes_and_is_written_once(run, scans, rows, tmp_path):
-    code, output = run("lora", rows.to_list(), 2, max_steps=2, activation_checkpointing=True)
+def test_an_adapter_trains_in_two_processes_and_is_written_once(run_stage, scans, rows, tmp_path):
+    code, output = run_stage("lora", rows.to_list(), 2, max_steps=2, activation_checkpointing=True)
     assert code == 0, output
     assert (tmp_path / "lora" / "adapter" / "adapter_model.safetensors").is_file()
     assert not list(tmp_path.glob(".lora-*"))
 
 
-def test_a_process_without_a_readable_scan_keeps_nobody_waiting(run, scans, rows, tmp_path):
+def test_a_process_without_a_readable_scan_keeps_nobody_waiting(run_stage, scans, rows, tmp_path):
     data = rows.to_list()
     for number in (2, 3):  # the whole first batch of the second process
         data[number]["images"] = [str(tmp_path / "missing.nii.gz")]
     extra = SGD | {"max_failed_share": 0.9, "max_steps": 4}
-    code, output = run("skips", data, 2, **extra)
+    code, output = run_stage("skips", data, 2, **extra)
     assert code == 0, output
     listed = records(tmp_path / "skips-training" / "skipped_rows.jsonl")
     assert sorted(entry["row"] for entry in listed if entry["step"] == 1) == ["row 3", "row 4"]
-    code, output = run("stops", data, 2, **extra | {"max_failed_share": 0.1})
+    code, output = run_stage("stops", data, 2, **extra | {"max_failed_share": 0.1})
     assert code != 0
     assert "rows could not be read, more than max_failed_share = 0.1" in output
 
 
-def test_two_processes_killed_and_resumed_equal_uninterrupted(run, rows, tmp_path):
+def test_two_processes_killed_and_resumed_equal_uninterrupted(run_stage, rows, tmp_path):
     # An epoch is two steps: the cut is in the middle of the second.
     extra = {"max_steps": 6, "save_strategy": "steps", "save_steps": 1, "per_device_train_batch_size": 1}
     extra |= {"even_tasks": False, "train_language_model": "full"}
-    assert run("whole", rows.to_list(), 2, **extra)[0] == 0
-    code, _ = run("cut", rows.to_list(), 2, die={"at": "step", "step": 5}, **extra)
+    assert run_stage("whole", rows.to_list(), 2, **extra)[0] == 0
+    code, _ = run_stage("cut", rows.to_list(), 2, die={"at": "step", "step": 5}, **extra)
     assert code != 0
     assert last_checkpoint(tmp_path / "cut-training").name == "checkpoint-4"
-    code, output = run("cut", rows.to_list(), 2, **extra)
+    code, output = run_stage("cut", rows.to_list(), 2, **extra)
     assert code == 0, output
     logs = [json.loads((tmp_path / out / "training_report.json").read_text())["log"] for out in ("whole", "cut")]
     whole, cut = [[log["loss"] for log in entries if "loss" in log] for entries in logs]
@@ -185,7 +140,8 @@ def test_fsdp2_gives_the_updates_of_one_process(exact_folder, scans, tmp_path, s
             "rows": rows,
         }
         command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(processes)]
-        command += ["--master_port", str(unused_tcp_port), str(FOLDER / "run_fsdp2.py"), json.dumps(task)]
+        script = Path(__file__).with_name("run_fsdp2.py")
+        command += ["--master_port", str(unused_tcp_port), str(script), json.dumps(task)]
         done = subprocess.run(command, capture_output=True, text=True, timeout=300)
         assert done.returncode == 0, done.stdout + done.stderr
         facts = json.loads(done.stdout.splitlines()[-1])

@@ -505,22 +505,6 @@ def test_checkpointing_sends_no_gradient_through_a_frozen_encoder(exact, rows, s
     assert not features[0].requires_grad
 
 
-@pytest.mark.slow
-@pytest.mark.filterwarnings("ignore")  # of the compiler, about what it leaves to Python
-def test_compilation_changes_no_loss(exact, rows, settings):
-    model, processor = exact
-    losses = []
-    for compiled in (False, True):
-        copy = deepcopy(model)
-        extra = {"torch_compile": compiled, "max_steps": 2, "train_sampling_strategy": "sequential"}
-        stage = Stage2Config(**settings | extra, train_language_model="full")
-        trainer = make_trainer(prepare_stage(copy, stage), processor, rows, stage)
-        trainer.train()
-        logs = [log for log in trainer.state.log_history if "loss" in log]
-        losses.append([log[name] for log in logs for name in ("loss", "aux_loss", "task_loss")])
-    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
-
-
 def test_bfloat16_autocast_trains_near_float32(exact, rows, settings):
     model, processor = exact
     losses = []
