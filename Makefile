@@ -5,10 +5,11 @@
 
 PYTHON ?= python3
 BIN := .venv/bin
-PIP := $(BIN)/python -m pip install --quiet --no-compile --disable-pip-version-check -c constraints.txt
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 # Small models gain nothing from a second thread: a test process per core instead, at most four, of up to 2 GB each.
 PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n logical --maxprocesses 4 --dist loadfile --no-loadscope-reorder
 SCAN ?=
+unexport PYTHONDONTWRITEBYTECODE  # or each of the many processes that the tests start compiles this package anew
 
 .PHONY: demo test test-all lint clean
 
