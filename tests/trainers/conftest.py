@@ -14,6 +14,7 @@
 """Scans, rows and settings that the training tests share."""
 
 import json
+import os
 import subprocess
 import sys
 import warnings
@@ -123,6 +124,8 @@ def exact_folder(trained_model, tmp_path) -> Path:
 @pytest.fixture
 def run_stage(exact_folder, settings, tmp_path, unused_tcp_port):
     """Train that model with rows, in one process of its own or two; gives the exit status and what was printed."""
+    # Compiled code that other processes left behind in the usual place has ended a process in malloc.
+    env = {**os.environ, "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "compiled-code")}
 
     def run(out: str, rows: list[dict], processes: int, stage: int = 2, die: dict | None = None, **extra):
         rows_file = tmp_path / f"{out}.jsonl"
@@ -137,7 +140,7 @@ def run_stage(exact_folder, settings, tmp_path, unused_tcp_port):
         }
         launch = [*LAUNCH, "--main_process_port", str(unused_tcp_port)] if processes == 2 else [sys.executable]
         command = [*launch, str(Path(__file__).with_name("run_stage.py")), json.dumps(task)]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=600)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=env)
         return done.returncode, done.stdout + done.stderr
 
     return run

@@ -11,7 +11,10 @@
 # WITHOUT WARRANTIES OR CONDITIONS OF ANY KIND, either express or implied.
 # See the License for the specific language governing permissions and
 # limitations under the License.
-"""Training with `torch_compile`, in a process of its own: the compiler has ended one that ran other tests before."""
+"""Training with `torch_compile`, in a process of its own and with nothing in the compiler's cache.
+
+Compiled code has ended a process that ran other tests before, and one that found what others had compiled.
+"""
 
 import json
 
