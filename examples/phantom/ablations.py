@@ -82,7 +82,7 @@ ALL_SLICES = SLICES["max_slices"]  # pz = all
 POOL = [ALL_SLICES, 2, 2]  # unless an arm says otherwise: else the language model can join the slices itself
 STEPS = (40, 60)  # of stage 1 and stage 2
 FEWER = (40, 20)  # of the arms that have no experts to train in stage 2, but the whole tower
-LONG = (100, 20)  # of those that start from the 2D base, and have more to learn
+FROM_2D = (50, 10)  # of those that start from the 2D base and train everything, which takes longest
 BATCH = 4  # rows per step
 RATES = 0.07  # of the recipe's learning rates for what is pretrained: those are for 32 rows, and unsettle a good start
 SCARCITY = (15, 60, 480)  # training scans of (a): of the last, every row has its own
@@ -176,7 +176,7 @@ def arms() -> list[Arm]:
                 Arm(
                     "a",
                     f"{name}, {scans} scans",
-                    steps=LONG,
+                    steps=FROM_2D,
                     rates=1.0,
                     scans=scans,
                     taught=False,

@@ -124,7 +124,7 @@ def test_runs(ablations, arms):
     budgets = {
         letter: {(arm.steps, arm.rates) for (own, _), arm in arms.items() if own == letter} for letter in "abcdef"
     }
-    assert budgets["a"] == {(ablations.LONG, 1.0)}  # what is random needs the rates of the recipe
+    assert budgets["a"] == {(ablations.FROM_2D, 1.0)}  # what is random needs the rates of the recipe
     assert budgets["b"] == {(ablations.FEWER, ablations.RATES)}
     assert all(budgets[letter] == {(ablations.STEPS, ablations.RATES)} for letter in "cdef")
     assert ablations.arms()[0].name == "both levels"
