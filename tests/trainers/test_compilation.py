@@ -31,6 +31,7 @@ def test_compilation_changes_no_loss(run_stage, rows, tmp_path):
         extra |= {"train_sampling_strategy": "sequential", "train_language_model": "full"}
         code, output = run_stage(out, rows, 1, **extra)
         assert code == 0, output
+        assert any((tmp_path / "compiled-code").rglob("*.so")) == (out == "compiled")
         logs[out] = json.loads((tmp_path / out / "training_report.json").read_text())["log"][:2]
     names = ("loss", "aux_loss", "task_loss")
     losses = [[log[name] for log in logs[out] for name in names] for out in ("plain", "compiled")]
